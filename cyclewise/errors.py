@@ -1,0 +1,58 @@
+"""Every error that Cyclewise raises on purpose: one hierarchy, one sentence each.
+
+    CyclewiseError
+    ├── ModelFileError          a model file is malformed, truncated or hostile
+    ├── UnsupportedModelError   a sound file of an unknown architecture, block format or tokenizer
+    ├── ModelNotFoundError      no model of that name or path; the nearest names are given
+    ├── DownloadError           a model could not be fetched: no network, not there, not allowed
+    ├── TemplateError           a chat template failed, ran too long or wrote too much
+    ├── InvalidParameterError   a parameter is out of its range or unknown
+    ├── ContextLengthError      the tokens do not fit into the context
+    ├── CacheError              the cache cannot be written or is full
+    └── PeerError               a program to compare with is missing or failed
+
+`str(error)` is one clear sentence: what was wrong, where, and what to do. The command line prints
+it after `error: ` and exits with code 2; a library user catches `CyclewiseError`.
+"""
+
+from __future__ import annotations
+
+
+class CyclewiseError(Exception):
+    """Base of all errors of this package."""
+
+
+class ModelFileError(CyclewiseError):
+    """A model file is malformed, truncated, hostile or cannot be read."""
+
+
+class UnsupportedModelError(CyclewiseError):
+    """A sound model file needs an architecture, block format or tokenizer unknown here."""
+
+
+class ModelNotFoundError(CyclewiseError):
+    """A model's name or path is unknown."""
+
+
+class DownloadError(CyclewiseError):
+    """A model could not be fetched."""
+
+
+class TemplateError(CyclewiseError):
+    """A chat template could not be rendered."""
+
+
+class InvalidParameterError(CyclewiseError):
+    """A parameter is unknown or out of its range."""
+
+
+class ContextLengthError(CyclewiseError):
+    """A prompt, or a prompt with its answer, is longer than the context."""
+
+
+class CacheError(CyclewiseError):
+    """The cache directory cannot be used: not writable, or the disk is full."""
+
+
+class PeerError(CyclewiseError):
+    """A program that a benchmark compares with is not installed or failed."""
