@@ -1,0 +1,88 @@
+"""Block formats: how many bytes hold how many weights.
+
+The GGUF reader turns the format number of each tensor into a `Format`; `models/` and the packing of
+weights read it. Numbers, names and sizes are those of ggml (`ggml_type` and its block structures).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cyclewise.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A way of storing weights: `block_size` neighbours in a row share `block_bytes` bytes."""
+
+    name: str
+    ggml_id: int
+    block_size: int
+    block_bytes: int
+
+
+FORMATS: dict[str, Format] = {
+    block_format.name: block_format
+    for block_format in (
+        Format("F32", 0, 1, 4),
+        Format("F16", 1, 1, 2),
+        Format("BF16", 30, 1, 2),
+        Format("Q8_0", 8, 32, 34),
+        Format("Q4_0", 2, 32, 18),
+        Format("Q4_1", 3, 32, 20),
+        Format("Q5_0", 6, 32, 22),
+        Format("Q4_K", 12, 256, 144),
+        Format("Q6_K", 14, 256, 210),
+    )
+}
+
+_BY_ID = {block_format.ggml_id: block_format for block_format in FORMATS.values()}
+
+# The other numbers that ggml has given out, so that an error can say what the file holds.
+_OTHER_NAMES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    7: "Q5_1",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    13: "Q5_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+}
+
+
+def format_of(ggml_id: int) -> Format:
+    """The format with ggml's number `ggml_id`; any other raises UnsupportedModelError by name."""
+    block_format = _BY_ID.get(ggml_id)
+    if block_format is None:
+        name = _OTHER_NAMES.get(ggml_id, f"number {ggml_id}")
+        raise UnsupportedModelError(
+            f"block format {name} is not supported; use a file whose tensors are "
+            f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}"
+        )
+    return block_format
