@@ -1,0 +1,383 @@
+"""GGUF files: bytes on disk in, metadata and views of tensors out.
+
+`weights/sources.py` says which file; this reader maps it, proves its header and hands it to
+`models/` (shapes and bytes) and `text/` (token tables). Files are hostile: every count, length and
+offset is checked against the size of the file before it is used, so that nothing outside the file
+is read and nothing is allocated that the file does not hold.
+
+Versions 2 and 3, little-endian, as specified in ggml's docs/gguf.md. Arrays of arrays are refused,
+as in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cyclewise.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from cyclewise.weights.formats import Format, format_of
+
+_STRING, _ARRAY = 8, 9
+_BOOL = 7
+# GGUF's number of a scalar type -> how struct and numpy call it
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_MAX_NAME_BYTES = 65_535
+_MAX_DIMENSIONS = 4
+_MAX_SIZE = 2**63 - 1
+# The fewest bytes that one entry can take: a count beyond what the file holds is refused at once.
+_MIN_METADATA_BYTES = 8 + 4 + 1
+_MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies in a file."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]  # numpy order (rows, columns): a row's weights are consecutive
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything in a GGUF file but the tensors' bytes."""
+
+    version: int
+    alignment: int
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]  # in file order
+
+
+class GGUFFile:
+    """A GGUF file mapped into memory; a context manager.
+
+    Metadata values are Python scalars, str, list[str], or numpy arrays for numeric arrays.
+
+    Raises ModelNotFoundError for a missing file, ModelFileError for a damaged or unreadable one,
+    and UnsupportedModelError for block formats this package cannot run.
+    """
+
+    __slots__ = ("_map", "alignment", "metadata", "path", "tensors", "version")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._map: mmap.mmap | None = _map_file(self.path)
+        try:
+            header = parse(self._map, str(self.path))
+        except BaseException:
+            self.close()
+            raise
+        self.version = header.version
+        self.alignment = header.alignment
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """A read-only view of the tensor's `nbytes` bytes, one-dimensional; nothing is copied."""
+        assert self._map is not None, "the file is closed"
+        tensor = self.tensors[name]
+        return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
+
+    def release(self, name: str) -> None:
+        """Let the operating system take back a tensor's pages; they may be read again."""
+        assert self._map is not None, "the file is closed"
+        if hasattr(mmap, "MADV_DONTNEED"):
+            tensor = self.tensors[name]
+            # Rounded outwards: a neighbour's bytes on the same page come back when they are read.
+            start = tensor.offset - tensor.offset % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
+
+    def close(self) -> None:
+        """Unmap the file, now or when the last view of it is gone."""
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            # With views in use it cannot be unmapped yet: it goes with the last of them.
+            with contextlib.suppress(BufferError):
+                mapped.close()
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def parse(buffer: bytes | mmap.mmap, where: str) -> Header:
+    """The proven header of the GGUF file held in `buffer`; `where` names the file in errors."""
+    reader = _Reader(buffer, where)
+    version = reader.preamble()
+    num_tensors = reader.scalar("Q", "the number of tensors")
+    num_entries = reader.scalar("Q", "the number of metadata entries")
+    reader.claim(num_entries, _MIN_METADATA_BYTES, "metadata entries")
+    reader.claim(num_tensors, _MIN_TENSOR_BYTES, "tensors")
+    metadata: dict[str, Any] = {}
+    for _ in range(num_entries):
+        key = reader.name("a metadata key")
+        if key in metadata:
+            raise reader.error(f"metadata key {_shown(key)} occurs twice")
+        metadata[key] = reader.value(f"metadata key {_shown(key)}")
+    _refuse_parts(metadata, reader)
+    alignment = _alignment(metadata, reader)
+    tensors = _tensors(reader, num_tensors, alignment)
+    return Header(version, alignment, metadata, tensors)
+
+
+class _Reader:
+    """Reads forwards through a header, and proves first that what it reads lies inside."""
+
+    __slots__ = ("buffer", "position", "size", "where")
+
+    def __init__(self, buffer: bytes | mmap.mmap, where: str) -> None:
+        self.buffer = buffer
+        self.position = 0
+        self.size = len(buffer)
+        self.where = where
+
+    def error(self, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.where}: {what}")
+
+    def truncated(self, what: str) -> ModelFileError:
+        return self.error(
+            f"the file ends inside {what}: it is truncated or damaged, fetch it again"
+        )
+
+    def preamble(self) -> int:
+        """Magic and version."""
+        magic = self.buffer[:4]
+        if magic != b"GGUF":
+            raise self.error(f"not a GGUF file: it starts with {magic!r} instead of b'GGUF'")
+        self.position = 4
+        version = self.scalar("I", "the version")
+        if version & 0xFFFF == 0 and version != 0:
+            raise self.error("a big-endian GGUF file; only little-endian files can be read")
+        if version not in (2, 3):
+            raise self.error(f"GGUF version {version}; only versions 2 and 3 can be read")
+        return int(version)
+
+    def scalar(self, code: str, what: str) -> Any:
+        layout = _LAYOUTS[code]
+        end = self.position + layout.size
+        if end > self.size:
+            raise self.truncated(what)
+        value = layout.unpack_from(self.buffer, self.position)[0]
+        self.position = end
+        return value
+
+    def claim(self, count: int, size: int, what: str) -> None:
+        """Prove that `count` things of at least `size` bytes can lie in the rest of the file."""
+        if count * size > self.size - self.position:
+            raise self.error(
+                f"it claims {count} {what}, more than the file can hold: it is truncated or damaged"
+            )
+
+    def string(self, what: str) -> str:
+        length = self.scalar("Q", what)
+        start, end = self.position, self.position + length
+        if end > self.size:
+            raise self.truncated(what)
+        self.position = end
+        try:
+            return str(self.buffer[start:end], "utf-8")
+        except UnicodeDecodeError:
+            raise self.error(f"{what} is not valid UTF-8") from None
+
+    def name(self, what: str) -> str:
+        name = self.string(what)
+        if len(name) > _MAX_NAME_BYTES:
+            raise self.error(f"{what} is longer than {_MAX_NAME_BYTES} bytes")
+        return name
+
+    def value(self, what: str) -> Any:
+        kind = self.scalar("I", what)
+        if kind == _STRING:
+            return self.string(what)
+        if kind == _ARRAY:
+            return self.array(what)
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise self.error(f"{what} has the unknown value type {kind}")
+        return self.scalar(code, what)
+
+    def array(self, what: str) -> Any:
+        kind = self.scalar("I", what)
+        count = self.scalar("Q", what)
+        if kind == _STRING:
+            self.claim(count, _LENGTH.size, f"strings in {what}")
+            return self.strings(count, what)
+        if kind == _ARRAY:
+            raise self.error(f"{what} is an array of arrays, which no known model uses")
+        code = _SCALARS.get(kind)
+        if code is None:
+            raise self.error(f"{what} is an array of the unknown value type {kind}")
+        # Any byte but 0 is true, and numpy's own bool may only be 0 or 1.
+        dtype = np.dtype("<u1" if kind == _BOOL else f"<{code}")
+        self.claim(count, dtype.itemsize, f"values in {what}")
+        stored = np.frombuffer(
+            self.buffer[self.position : self.position + count * dtype.itemsize], dtype
+        )
+        self.position += count * dtype.itemsize
+        return stored != 0 if kind == _BOOL else stored
+
+    def strings(self, count: int, what: str) -> list[str]:
+        # A vocabulary has up to a quarter of a million tokens and as many merges, and this loop is
+        # most of the time it takes to open a file: it checks only what slicing does not.
+        buffer, size, position = self.buffer, self.size, self.position
+        length_at = _LENGTH.unpack_from
+        strings: list[str] = []
+        append = strings.append
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + length_at(buffer, position)[0]
+                if position > size:
+                    raise self.truncated(what)
+                append(str(buffer[start:position], "utf-8"))
+        except struct.error:
+            raise self.truncated(what) from None
+        except UnicodeDecodeError:
+            raise self.error(f"string {len(strings)} of {what} is not valid UTF-8") from None
+        self.position = position
+        return strings
+
+
+_LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ModelFileError(
+                f"{path}: a directory, not a model file; name the .gguf file in it"
+            )
+        # Opening a pipe would wait for its other end, and a device has no size.
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelFileError(f"{path}: not a regular file, so it cannot be mapped into memory")
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ModelFileError(f"{path}: the file is empty; fetch it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelNotFoundError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelFileError(f"{path}: the file cannot be read ({reason})") from None
+
+
+def _refuse_parts(metadata: dict[str, Any], reader: _Reader) -> None:
+    parts = metadata.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedModelError(
+            f"{reader.where}: one of {parts} parts of a split model; "
+            "join them first (llama-gguf-split --merge)"
+        )
+
+
+def _alignment(metadata: dict[str, Any], reader: _Reader) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if (
+        not isinstance(alignment, int)
+        or isinstance(alignment, bool)
+        or alignment < 8
+        or alignment & (alignment - 1)
+    ):
+        raise reader.error(
+            f"general.alignment is {_shown(alignment)}, where a power of two from 8 is needed"
+        )
+    return alignment
+
+
+def _tensors(reader: _Reader, num_tensors: int, alignment: int) -> dict[str, Tensor]:
+    entries: list[tuple[str, Format, tuple[int, ...], int, int]] = []
+    for _ in range(num_tensors):
+        entries.append(_tensor_entry(reader, alignment))
+    data_start = -(-reader.position // alignment) * alignment
+    tensors: dict[str, Tensor] = {}
+    for name, block_format, shape, offset, nbytes in entries:
+        if name in tensors:
+            raise reader.error(f"tensor {_shown(name)} occurs twice")
+        start = data_start + offset
+        if start + nbytes > reader.size:
+            raise reader.error(
+                f"tensor {_shown(name)} ends at byte {start + nbytes}, but the file has "
+                f"{reader.size} bytes: it is truncated or damaged, fetch it again"
+            )
+        tensors[name] = Tensor(name, block_format, shape, start, nbytes)
+    in_place = sorted(tensors.values(), key=lambda tensor: tensor.offset)
+    for before, after in itertools.pairwise(in_place):
+        if before.offset + before.nbytes > after.offset:
+            raise reader.error(f"tensors {_shown(before.name)} and {_shown(after.name)} overlap")
+    return tensors
+
+
+def _tensor_entry(reader: _Reader, alignment: int) -> tuple[str, Format, tuple[int, ...], int, int]:
+    """Name, format, shape, offset from the start of the data, and size in bytes."""
+    name = reader.name("a tensor's name")
+    what = f"tensor {_shown(name)}"
+    num_dimensions = reader.scalar("I", what)
+    if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+        raise reader.error(
+            f"{what} has {num_dimensions} dimensions, where 1 to {_MAX_DIMENSIONS} are allowed"
+        )
+    sizes = tuple(reader.scalar("Q", what) for _ in range(num_dimensions))
+    num_weights = 1
+    for size in sizes:
+        num_weights *= size
+    if num_weights == 0:
+        raise reader.error(f"{what} is empty: its sizes are {sizes}")
+    ggml_id = reader.scalar("I", what)
+    try:
+        block_format = format_of(ggml_id)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{reader.where}: {what}: {error}") from None
+    if sizes[0] % block_format.block_size:
+        raise reader.error(
+            f"{what} has rows of {sizes[0]} weights, not a multiple of "
+            f"{block_format.name}'s blocks of {block_format.block_size}"
+        )
+    nbytes = num_weights // block_format.block_size * block_format.block_bytes
+    offset = reader.scalar("Q", what)
+    if max(num_weights, nbytes, offset + nbytes) > _MAX_SIZE:
+        raise reader.error(f"{what} has sizes that overflow 64 bits: {sizes} at offset {offset}")
+    if offset % alignment:
+        raise reader.error(
+            f"{what} lies at offset {offset}, not a multiple of the alignment {alignment}"
+        )
+    return name, block_format, sizes[::-1], offset, nbytes
+
+
+def _shown(value: object) -> str:
+    """A value from the file as an error may print it: short, no control characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
