@@ -51,6 +51,9 @@ _MAX_SIZE = 2**63 - 1
 _MIN_METADATA_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 _LENGTH = struct.Struct("<Q")
+# As long as a length. ASCII, so that it neither mends nor breaks a neighbour's UTF-8; all its bytes
+# differ, so that it cannot begin inside one of its own occurrences.
+_SEPARATOR = bytes(range(8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,23 +253,31 @@ class _Reader:
         return stored != 0 if kind == _BOOL else stored
 
     def strings(self, count: int, what: str) -> list[str]:
-        # A vocabulary has up to a quarter of a million tokens and as many merges, and this loop is
-        # most of the time it takes to open a file: it checks only what slicing does not.
-        buffer, size, position = self.buffer, self.size, self.position
+        # A vocabulary has up to a quarter of a million tokens and as many merges: most of the time
+        # it takes to open a file. So the loop only follows the lengths; the strings are then cut
+        # apart by one `split`, at a separator written over each length.
+        buffer, position = self.buffer, self.position
         length_at = _LENGTH.unpack_from
-        strings: list[str] = []
-        append = strings.append
+        starts: list[int] = []
+        append = starts.append
         try:
             for _ in range(count):
-                start = position + 8
-                position = start + length_at(buffer, position)[0]
-                if position > size:
-                    raise self.truncated(what)
-                append(str(buffer[start:position], "utf-8"))
-        except struct.error:
+                append(position)
+                position += 8 + length_at(buffer, position)[0]
+        except (struct.error, OverflowError):
             raise self.truncated(what) from None
+        if position > self.size:
+            raise self.truncated(what)
+        joined = np.frombuffer(buffer[self.position : position], np.uint8).copy()
+        lengths_at = np.array(starts, np.int64) - self.position
+        for i, byte in enumerate(_SEPARATOR):
+            joined[lengths_at + i] = byte
+        try:
+            _, *strings = joined.tobytes().decode("utf-8").split(_SEPARATOR.decode())
         except UnicodeDecodeError:
-            raise self.error(f"string {len(strings)} of {what} is not valid UTF-8") from None
+            raise self.error(f"{what} holds a string that is not valid UTF-8") from None
+        if len(strings) != count:
+            raise self.error(f"{what} holds a string with {_SEPARATOR!r} in it, as no token has")
         self.position = position
         return strings
 
