@@ -1,0 +1,133 @@
+"""READ FIRST. The engine is three lines: schedule, run, sample.
+
+Token ids come in, for a sequence whose earlier tokens lie in the KV cache; logits go out, and the
+sampler makes the next token id of them. `llm.py`, the benchmarks and perplexity all stand on
+`Engine.evaluate`:
+
+    while any(request.num_left for request in requests):
+        batch = schedule(requests, machine.max_batch_tokens)    # who runs, on how many tokens
+        logits = engine.run(batch)                              # one step of the machine
+        ... sample, or keep the logits ...
+
+A long prompt takes several steps, one after the other (chunked prefill: Agrawal et al. 2024,
+arXiv:2403.02310), and a batch may hold chunks of any sequences: `evaluate` brings one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from cyclewise.engine.kvcache import PagePool, Sequence
+from cyclewise.engine.request import Batch, Chunk, Model
+from cyclewise.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Logits = Literal["last", "all", "none"]
+
+
+@dataclass(slots=True)
+class Request:
+    """Tokens to append to a sequence."""
+
+    sequence: Sequence  # its pages are reserved by the engine before the request is scheduled
+    token_ids: npt.NDArray[np.int32]  # (tokens,), those still to run included
+    logits: Logits  # of which of them the logits are wanted
+    num_done: int = 0  # set by the engine after each step
+
+    @property
+    def num_left(self) -> int:
+        return len(self.token_ids) - self.num_done
+
+
+def schedule(requests: list[Request], max_tokens: int) -> Batch:
+    """Fill one step with tokens of the requests, first come, first served."""
+    token_ids: list[npt.NDArray[np.int32]] = []
+    positions: list[npt.NDArray[np.int32]] = []
+    chunks: list[Chunk] = []
+    logit_rows: list[npt.NDArray[np.int32]] = []
+    start = 0
+    for request in requests:
+        count = min(request.num_left, max_tokens - start)
+        if count == 0:
+            continue
+        first, position = request.num_done, len(request.sequence)
+        token_ids.append(request.token_ids[first : first + count])
+        positions.append(np.arange(position, position + count, dtype=np.int32))
+        chunks.append(Chunk(start, count, position, request.sequence.pages))
+        if request.logits == "all":
+            logit_rows.append(np.arange(start, start + count, dtype=np.int32))
+        elif request.logits == "last" and count == request.num_left:
+            logit_rows.append(np.array([start + count - 1], dtype=np.int32))
+        start += count
+    return Batch(_join(token_ids), _join(positions), chunks, _join(logit_rows))
+
+
+def _join(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    if len(parts) == 1:  # every decode step of one sequence
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+
+class Engine:
+    """Runs a loaded model on sequences of tokens. One thread at a time may use it."""
+
+    def __init__(self, model: Model) -> None:
+        self.machine = model.machine
+        self.vocab_size = model.config.vocab_size
+        self.context = model.config.context_length
+        self._pool = PagePool(self.machine.num_pages, self.machine.page_tokens)
+
+    def new_sequence(self) -> Sequence:
+        """Begin an empty sequence. It owns no page until tokens come."""
+        return Sequence(self._pool, self.context)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give back all pages of a sequence. It is empty then."""
+        sequence.truncate(0)
+
+    def evaluate(
+        self, sequence: Sequence, token_ids: SequenceOf[int], logits: Logits = "last"
+    ) -> npt.NDArray[np.float32]:
+        """Append tokens to a sequence and return the logits that follow them.
+
+        token_ids  the tokens, each below the vocabulary's size
+        logits     "last": of the last token, (1, vocab_size); "all": of each token,
+                   (tokens, vocab_size); "none": (0, vocab_size)
+
+        The array is the caller's own. Raises ContextLengthError, before anything ran, if the
+        tokens do not fit into the context. Ctrl-C is honoured between steps; the sequence then
+        holds the tokens of the steps that are done.
+        """
+        request = Request(sequence, self._check(token_ids), logits)
+        sequence.reserve(len(sequence) + request.num_left)
+        num_rows = {"last": min(1, request.num_left), "all": request.num_left, "none": 0}[logits]
+        wanted = np.empty((num_rows, self.vocab_size), dtype=np.float32)
+        row = 0
+        while request.num_left:
+            batch = schedule([request], self.machine.max_batch_tokens)
+            rows = self.run(batch)
+            wanted[row : row + len(rows)] = rows
+            row += len(rows)
+            sequence.token_ids.extend(batch.token_ids.tolist())
+            request.num_done += len(batch.token_ids)
+        return wanted
+
+    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Run one step; the logits (logit_rows, vocab_size) are valid until the next one."""
+        return self.machine.step(batch.token_ids, batch.positions, batch.chunks, batch.logit_rows)
+
+    def _check(self, token_ids: SequenceOf[int]) -> npt.NDArray[np.int32]:
+        ids = np.asarray(token_ids, dtype=np.int64)
+        if ids.ndim != 1:
+            raise InvalidParameterError(f"token ids must be a flat list, not of shape {ids.shape}")
+        if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab_size):
+            raise InvalidParameterError(
+                f"token ids must be from 0 to {self.vocab_size - 1}, not {ids.min()} or {ids.max()}"
+            )
+        return ids.astype(np.int32)

@@ -1,0 +1,167 @@
+"""The nouns of the engine: what a user asks for, and what the machine is given for one step.
+
+`SamplingParams` comes in from `llm.py` or the command line and is read by the sampler. `Batch` is
+made by the engine's `schedule` and read by `Machine.step`. This module imports nothing heavy, so
+that the command line can show defaults without paying for numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cyclewise.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends.
+
+    The defaults are those of llama.cpp (`common/common.h`, `common_params_sampling`), so that the
+    same file gives the same kind of text here and there; `sampler.py` says in which order the
+    filters act. A value out of its range raises InvalidParameterError.
+    """
+
+    temperature: float = 0.8  # 0: greedy, always the most likely token
+    top_k: int = 40  # only the k most likely tokens; 0: all
+    top_p: float = 0.95  # the smallest set with this share of the probability; 1: all
+    min_p: float = 0.05  # at least this share of the most likely token's probability; 0: all
+    repetition_penalty: float = 1.0  # over the last 64 tokens, prompt included; 1: none
+    seed: int | None = None  # same seed, same text; None: a fresh one each time
+    max_tokens: int | None = 512  # None: until the model stops or the context is full
+    stop: Sequence[str] = ()  # text that ends the answer, and is not part of it; kept as a tuple
+    ignore_eos: bool = False  # go on after the end-of-turn token
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, 0, math.inf, "0 is greedy")
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1, "0 keeps all tokens")
+        _check_number("top_p", self.top_p, 0, 1, "1 keeps all tokens")
+        if self.top_p == 0:
+            raise InvalidParameterError(
+                "top_p must be greater than 0 (1 keeps all tokens), not 0; "
+                "for the most likely token alone use temperature 0"
+            )
+        _check_number("min_p", self.min_p, 0, 1, "0 keeps all tokens")
+        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 is none")
+        if self.repetition_penalty == 0:
+            raise InvalidParameterError("repetition_penalty must be greater than 0 (1 is none)")
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, 2**64 - 1, "None draws a fresh one")
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "None is no limit")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidParameterError(f"stop must hold strings that are not empty: {text!r}")
+        object.__setattr__(self, "stop", stop)
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidParameterError(
+                f"ignore_eos must be True or False, not {self.ignore_eos!r}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Make parameters from names and values; an unknown name is an error with the nearest."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+                raise InvalidParameterError(f"unknown sampling parameter {name!r}: {hint}")
+        return cls(**values)
+
+
+def _check_number(name: str, value: object, low: float, high: float, note: str) -> None:
+    # bool is an int to Python, and True as a temperature is a mistake
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise InvalidParameterError(
+            f"{name} must be a number {wanted} ({note}), not {value!r}",
+        )
+
+
+def _check_integer(name: str, value: object, low: int, high: int, note: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidParameterError(
+            f"{name} must be a whole number from {low} to {high} ({note}), not {value!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence inside a flat batch."""
+
+    start: int  # index of the first of them in the batch
+    count: int
+    position: int  # of the first of them in its sequence
+    pages: npt.NDArray[np.int32]  # the sequence's page table, covering position + count tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What the machine is given for one step: a flat list of tokens from any sequences."""
+
+    token_ids: npt.NDArray[np.int32]  # (tokens,)
+    positions: npt.NDArray[np.int32]  # (tokens,)
+    chunks: list[Chunk]
+    logit_rows: npt.NDArray[np.int32]  # indices of the tokens whose logits are wanted
+
+
+class Machine(Protocol):
+    """What the engine asks of the machine."""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        """Most tokens of one step."""
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens that one page of the KV cache holds."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache."""
+
+    def step(
+        self,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        sequences: list[Chunk],
+        logit_rows: npt.NDArray[np.int32],
+    ) -> npt.NDArray[np.float32]:
+        """Run the program for a batch; return a view (logit_rows, vocab_size), valid until the
+        next step."""
+
+
+class ModelConfig(Protocol):
+    """What the engine reads of a model's configuration."""
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits of one token."""
+
+
+class Model(Protocol):
+    """What the engine reads of a loaded model."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def machine(self) -> Machine: ...
