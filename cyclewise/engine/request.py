@@ -40,22 +40,22 @@ class SamplingParams:
     ignore_eos: bool = False  # go on after the end-of-turn token
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0, math.inf, "0 is greedy")
-        _check_integer("top_k", self.top_k, 0, 2**31 - 1, "0 keeps all tokens")
-        _check_number("top_p", self.top_p, 0, 1, "1 keeps all tokens")
+        check_number("temperature", self.temperature, 0, math.inf, "0 is greedy")
+        check_integer("top_k", self.top_k, 0, 2**31 - 1, "0 keeps all tokens")
+        check_number("top_p", self.top_p, 0, 1, "1 keeps all tokens")
         if self.top_p == 0:
             raise InvalidParameterError(
                 "top_p must be greater than 0 (1 keeps all tokens), not 0; "
                 "for the most likely token alone use temperature 0"
             )
-        _check_number("min_p", self.min_p, 0, 1, "0 keeps all tokens")
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 is none")
+        check_number("min_p", self.min_p, 0, 1, "0 keeps all tokens")
+        check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 is none")
         if self.repetition_penalty == 0:
             raise InvalidParameterError("repetition_penalty must be greater than 0 (1 is none)")
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, 2**64 - 1, "None draws a fresh one")
+            check_integer("seed", self.seed, 0, 2**64 - 1, "None draws a fresh one")
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "None is no limit")
+            check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "None is no limit")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in stop:
             if not isinstance(text, str) or not text:
@@ -78,7 +78,8 @@ class SamplingParams:
         return cls(**values)
 
 
-def _check_number(name: str, value: object, low: float, high: float, note: str) -> None:
+def check_number(name: str, value: object, low: float, high: float, note: str) -> None:
+    """Raise InvalidParameterError unless `value` is a finite number from `low` to `high`."""
     # bool is an int to Python, and True as a temperature is a mistake
     if (
         isinstance(value, bool)
@@ -92,7 +93,8 @@ def _check_number(name: str, value: object, low: float, high: float, note: str) 
         )
 
 
-def _check_integer(name: str, value: object, low: int, high: int, note: str) -> None:
+def check_integer(name: str, value: object, low: int, high: int, note: str) -> None:
+    """Raise InvalidParameterError unless `value` is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidParameterError(
             f"{name} must be a whole number from {low} to {high} ({note}), not {value!r}"

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cyclewise.llm
+from cyclewise import LLM, CyclewiseError, Result, SamplingParams
+from cyclewise.errors import ContextLengthError, InvalidParameterError, TemplateError
+from cyclewise.llm import StopStrings
+from tests.engine.toy import BOS, END, ToyModel, ToyTemplate, ToyTokenizer, scripted
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """Make an LLM around a toy."""
+
+    def make_llm(template=False, tokenizer=None, **toy):
+        model = ToyModel(**toy)
+        tokens = tokenizer or ToyTokenizer()
+        monkeypatch.setattr(cyclewise.llm, "_load", lambda *_: (model, tokens))
+        llm = LLM("toy")
+        if template:
+            model.metadata["tokenizer.chat_template"] = "toy"
+            llm._template = ToyTemplate()
+        return llm
+
+    return make_llm
+
+
+def says(text, prompt):
+    return scripted(text, prompt_tokens=1 + len(prompt.encode()))
+
+
+def test_a_result_and_its_stream(make):
+    llm = make(logits=says("grün und blau", "Farben: "))
+    pieces = list(llm.stream("Farben: ", GREEDY))
+    result = pieces[-1].result
+    assert all(piece.result is None for piece in pieces[:-1])
+    assert "".join(piece.text for piece in pieces) == result.text == "grün und blau"
+    assert result.token_ids == list("grün und blau".encode())
+    assert (result.prompt_tokens, result.reused_tokens, result.generated_tokens) == (9, 0, 14)
+    assert result.finish_reason == "stop"
+    assert result.prefill_tokens_per_second > 0
+    assert result.decode_tokens_per_second > 0
+    assert result.seconds_to_first_token > 0
+    assert llm.generate("Farben: ", GREEDY).text == "grün und blau"
+    assert llm.tokenizer.encoded == ["Farben: "] * 2
+
+
+def test_max_tokens_and_the_end_of_the_context(make):
+    llm = make(context=20)
+    result = llm.generate("abc", SamplingParams(temperature=0, max_tokens=5))
+    assert (result.generated_tokens, result.finish_reason) == (5, "length")
+    result = llm.generate("abc", SamplingParams(temperature=0, max_tokens=1))
+    assert (result.generated_tokens, result.decode_tokens_per_second) == (1, 0.0)
+    result = llm.generate("abc", SamplingParams(temperature=0, max_tokens=None))
+    assert result.finish_reason == "length"
+    assert result.generated_tokens == 20 - 4 + 1  # the last token needs no place in the cache
+    result = llm.generate("x" * 19, GREEDY)
+    assert (result.generated_tokens, result.finish_reason) == (1, "length")
+
+
+def test_a_prompt_longer_than_the_context(make):
+    llm = make(context=20)
+    before = llm.generate("abc", SamplingParams(seed=1, max_tokens=4))
+    for method in (llm.generate, llm.stream):
+        with pytest.raises(ContextLengthError, match=r"prompt has 21 tokens.*context holds 20"):
+            method("x" * 20, GREEDY)
+    again = llm.generate("abc", SamplingParams(seed=1, max_tokens=4))
+    assert again.text == before.text
+    assert again.reused_tokens == 3  # the refused prompt did no harm to the cache
+
+
+def test_an_unfinished_character_at_the_end(make):
+    llm = make(logits=says("ü", "a"))
+    result = llm.generate("a", SamplingParams(temperature=0, max_tokens=1))
+    assert result.text == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_ignore_eos(make):
+    llm = make(logits=says("ab", "a"))
+    result = llm.generate("a", SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    assert result.token_ids == [*b"ab", END, END, END]
+    assert (result.text, result.finish_reason) == ("ab", "length")
+
+
+def test_an_empty_prompt(make):
+    assert make().generate("", GREEDY).prompt_tokens == 1
+    llm = make(tokenizer=ToyTokenizer(add_bos=False))
+    assert llm.generate("", GREEDY).prompt_tokens == 1
+    assert llm._sequence.token_ids[0] == BOS
+    llm = make(tokenizer=ToyTokenizer(bos_id=None, add_bos=False))
+    with pytest.raises(InvalidParameterError, match="prompt is empty"):
+        llm.generate("", GREEDY)
+
+
+def test_same_seed_same_text_whatever_was_cached(make):
+    params = SamplingParams(seed=5, max_tokens=12, temperature=1.2, repetition_penalty=1.1)
+    fresh = make().generate("Hello you", params)
+    llm = make(max_batch_tokens=3, page_tokens=5)
+    llm.generate("Hello there", SamplingParams(seed=9, max_tokens=20))
+    again = llm.generate("Hello you", params)
+    assert again.text == fresh.text
+    assert again.token_ids == fresh.token_ids
+    assert again.reused_tokens == 7
+    assert make().generate("Hello you", SamplingParams(seed=6, max_tokens=12)).text != fresh.text
+
+
+def test_stop_strings(make):
+    prompt = "count: "
+    for stop, text, reason in [
+        (["STOP"], "one two ", "stop_string"),
+        (["two S", "xyz"], "one ", "stop_string"),
+        (["one"], "", "stop_string"),
+        (["STOP now"], "one two STOP three", "stop"),
+        (["threex"], "one two STOP three", "stop"),
+        (["e"], "on", "stop_string"),
+    ]:
+        llm = make(logits=says("one two STOP three", prompt))
+        pieces = list(llm.stream(prompt, SamplingParams(temperature=0, stop=stop)))
+        assert "".join(piece.text for piece in pieces) == pieces[-1].result.text == text
+        assert pieces[-1].result.finish_reason == reason
+
+
+def naive_stop(text, stops):
+    """Character by character: the text before the first stop string that is complete."""
+    for end in range(1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            return text[: end - max(map(len, ending))], True
+    return text, False
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.text("ab.", max_size=4), max_size=12),
+    st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3),
+)
+def test_stop_strings_agree_with_the_twin(pieces, stop):
+    text, found = naive_stop("".join(pieces), stop)
+    stops = StopStrings(stop)
+    shown = ""
+    for piece in pieces:
+        shown += stops.push(piece)
+        assert text.startswith(shown)  # nothing is shown that has to be taken back
+    shown += stops.flush()
+    assert (shown, stops.found) == (text, found)
+
+
+def test_chat_turns_keep_their_cache(make):
+    llm = make(template=True, context=200, max_batch_tokens=64)
+    messages = [{"role": "user", "content": "Hello"}]
+    params = SamplingParams(temperature=0, max_tokens=6)
+    llm.model.machine.logits = scripted("Hi!", prompt_tokens=10)
+    result = llm.chat(messages, params)
+    assert isinstance(result, Result)
+    assert (result.text, result.prompt_tokens) == ("Hi!", 10)
+    messages += [
+        {"role": "assistant", "content": result.text},
+        {"role": "user", "content": "More"},
+    ]
+    llm.model.machine.logits = scripted("Yes.", prompt_tokens=23)
+    *_, last = llm.chat(messages, params, stream=True)
+    assert last.result.text == "Yes."
+    assert last.result.prompt_tokens == 23
+    assert last.result.reused_tokens == 13  # all but the end of the answer and what follows
+
+
+def test_chat_without_a_template(make):
+    llm = make()
+    assert not llm.has_chat_template
+    with pytest.raises(TemplateError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.parametrize(
+    "messages", [[], "Hello", {"role": "user"}, ["Hello"], [{"content": "x"}], [{"role": 1}]]
+)
+def test_messages_that_are_none(make, messages):
+    with pytest.raises(InvalidParameterError, match="messages"):
+        make(template=True).chat(messages)
+
+
+def test_calls_of_many_threads_queue(make):
+    llm = make(context=64)
+    prompts = [f"prompt {i}" for i in range(6)]
+    params = SamplingParams(seed=3, max_tokens=10)
+    want = [make(context=64).generate(prompt, params).text for prompt in prompts]
+    busy = []
+
+    def watch():
+        assert not busy, "two threads are inside the machine"
+        busy.append(1)
+        time.sleep(0.0005)
+        busy.pop()
+
+    llm.model.machine.before_step = watch
+    got: dict[int, str] = {}
+
+    def call(i):
+        if i % 2:
+            got[i] = llm.generate(prompts[i], params).text
+        else:
+            got[i] = "".join(piece.text for piece in llm.stream(prompts[i], params))
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert [got[i] for i in range(6)] == want
+
+
+def test_a_stream_that_is_dropped_frees_the_queue(make):
+    llm = make(context=64)
+    stream = llm.stream("abc", GREEDY)
+    next(stream)
+    del stream
+    gc.collect()
+    assert llm.generate("abc", SamplingParams(temperature=0, max_tokens=3)).generated_tokens == 3
+    stream = llm.stream("abc", GREEDY)
+    next(stream)
+    stream.close()
+    assert llm.generate("abc", SamplingParams(temperature=0, max_tokens=3)).generated_tokens == 3
+
+
+def test_a_call_inside_a_stream_is_an_error_and_no_deadlock(make):
+    llm = make(context=64)
+    stream = llm.stream("abc", SamplingParams(temperature=0, max_tokens=4))
+    next(stream)
+    with pytest.raises(CyclewiseError, match="stream that has not ended"):
+        llm.generate("abc", GREEDY)
+    # the stream is none the worse, and with its last piece the queue is free
+    for piece in stream:
+        if piece.result is not None:
+            assert llm.generate("abc", SamplingParams(temperature=0, max_tokens=2)).text
+    assert piece.result.generated_tokens == 4
+
+
+def test_a_waiting_thread_gets_its_turn(make):
+    llm = make(context=64)
+    stream = llm.stream("abc", SamplingParams(temperature=0, max_tokens=4))
+    next(stream)
+    done = []
+    thread = threading.Thread(target=lambda: done.append(llm.generate("abc", GREEDY)))
+    thread.start()
+    time.sleep(0.02)
+    assert not done
+    list(stream)
+    thread.join(timeout=10)
+    assert len(done) == 1
+
+
+def test_an_error_inside_frees_the_queue(make):
+    llm = make(context=64)
+
+    def fail():
+        raise OSError("broken")
+
+    llm.model.machine.before_step = fail
+    with pytest.raises(OSError, match="broken"):
+        llm.generate("abc")
+    llm.model.machine.before_step = lambda: None
+    assert llm.generate("abc", GREEDY).text
+
+
+def test_close(make):
+    with make() as llm:
+        llm.generate("abc", GREEDY)
+        early = llm.stream("abc", GREEDY)
+    assert llm.model.closed
+    llm.close()
+    for call in (
+        lambda: llm.generate("abc"),
+        lambda: llm.stream("abc"),
+        lambda: llm.chat([{"role": "user", "content": "x"}]),
+        lambda: next(early),
+    ):
+        with pytest.raises(CyclewiseError, match="closed"):
+            call()
+
+
+def test_close_while_a_stream_of_this_thread_is_open(make):
+    llm = make()
+    stream = llm.stream("abc", GREEDY)
+    next(stream)
+    llm.close()
+    with pytest.raises(CyclewiseError, match="closed while a stream"):
+        next(stream)
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"context": 0}, {"context": "4k"}, {"threads": 0}, {"threads": True}]
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(InvalidParameterError, match=next(iter(arguments))):
+        LLM("toy", **arguments)
+    with pytest.raises(InvalidParameterError, match="model must be"):
+        LLM(3)
+
+
+def test_a_prompt_that_is_no_string(make):
+    with pytest.raises(InvalidParameterError, match="prompt must be a string"):
+        make().generate(["abc"])

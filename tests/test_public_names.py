@@ -1,0 +1,76 @@
+"""The public names, pinned: a change here is a change for every user."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import cyclewise
+
+
+def test_names():
+    assert cyclewise.__all__ == [
+        "LLM",
+        "CyclewiseError",
+        "Piece",
+        "Result",
+        "SamplingParams",
+        "__version__",
+    ]
+    assert dir(cyclewise) == sorted(cyclewise.__all__)
+    for name in cyclewise.__all__:
+        assert getattr(cyclewise, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'LMM'"):
+        _ = cyclewise.LMM
+
+
+def test_fields():
+    def names(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+
+    assert names(cyclewise.Piece) == ["text", "result"]
+    assert names(cyclewise.Result) == [
+        "text",
+        "token_ids",
+        "prompt_tokens",
+        "reused_tokens",
+        "generated_tokens",
+        "seconds_to_first_token",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "finish_reason",
+    ]
+    assert names(cyclewise.SamplingParams) == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "stop",
+        "ignore_eos",
+    ]
+
+
+def test_methods_of_llm():
+    public = {
+        name: str(inspect.signature(value)) if inspect.isfunction(value) else "property"
+        for name, value in vars(cyclewise.LLM).items()
+        if not name.startswith("_")
+    }
+    assert list(public) == ["context", "has_chat_template", "generate", "stream", "chat", "close"]
+    parameters = inspect.signature(cyclewise.LLM).parameters
+    assert list(parameters) == ["model", "context", "threads"]
+    assert parameters["model"].default == "smollm2"
+
+
+def test_importing_the_package_is_light():
+    heavy = ["numpy", "llvmlite", "tokenizers", "huggingface_hub", "jinja2", "rich", "typer"]
+    code = f"import cyclewise, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
