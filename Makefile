@@ -1,0 +1,37 @@
+# Each target sets up all it needs in .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow check bench clean
+
+demo: $(READY)
+	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m ""
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/cyclewise bench smollm2
+
+clean:
+	rm -rf .venv
+
+# Made anew whenever the dependencies may have changed. The stamp comes last, so that an interrupted
+# installation starts over.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.11"; exit 1; }
+	@echo "setting up .venv"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@

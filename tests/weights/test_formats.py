@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import gguf
+import pytest
+
+from cyclewise.errors import UnsupportedModelError
+from cyclewise.weights.formats import FORMATS, format_of
+
+
+def test_formats_agree_with_ggml():
+    for name, block_format in FORMATS.items():
+        kind = gguf.GGMLQuantizationType[name]
+        assert format_of(kind.value) is block_format
+        assert (block_format.name, block_format.ggml_id) == (name, kind.value)
+        assert (block_format.block_size, block_format.block_bytes) == gguf.GGML_QUANT_SIZES[kind]
+
+
+def test_every_other_format_is_refused_by_its_name():
+    others = [kind for kind in gguf.GGMLQuantizationType if kind.name not in FORMATS]
+    assert others
+    for kind in others:
+        with pytest.raises(UnsupportedModelError, match=f"block format {kind.name} is not"):
+            format_of(kind.value)
+    with pytest.raises(UnsupportedModelError, match="block format number 12345 is not"):
+        format_of(12345)
