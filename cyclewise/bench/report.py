@@ -1,0 +1,71 @@
+"""What a person sees of a measurement: a table, and a line that says what runs.
+
+`cyclewise bench` and `cyclewise perplexity` come here where they do not print JSON; the scripts in
+`benchmarks/` use the progress line.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cyclewise.bench.bench import BenchResult, Spread
+
+
+def show_progress(text: str) -> None:
+    """Keep one line of progress on standard error where that is a terminal; "" clears it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
+
+
+def print_bench(result: BenchResult, console: Console | None = None) -> None:
+    """Print a result as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    table = Table(title=f"{result.model}, {_count(result.threads, 'thread')}", title_justify="left")
+    table.add_column("tokens/s: median (least to most)")
+    for heading in (f"prefill {result.prompt_tokens}", "ours / theirs"):
+        table.add_column(heading, justify="right")
+    decode = f"decode {result.generate_tokens}"
+    table.add_column(f"{decode} from {result.depth}" if result.depth else decode, justify="right")
+    table.add_column("ours / theirs", justify="right")
+    table.add_row(
+        "cyclewise",
+        _speed(result.prefill_tokens_per_second),
+        "",
+        _speed(result.decode_tokens_per_second),
+        "",
+    )
+    for peer in result.peers:
+        table.add_row(
+            f"{peer.name} {peer.version}",
+            _speed(peer.prefill_tokens_per_second),
+            _ratio(peer.prefill_ratio_spread),
+            _speed(peer.decode_tokens_per_second),
+            _ratio(peer.decode_ratio_spread),
+        )
+    console.print(table)
+    console.print(
+        f"decode streams {result.bytes_per_decode_token / 1e6:.1f} MB a token: "
+        f"{result.decode_fraction_of_bandwidth:.0%} of the "
+        f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s that "
+        f"{_count(result.threads, 'thread')} can read here"
+    )
+
+
+def _speed(spread: Spread) -> str:
+    return f"{spread.median:.1f} ({spread.min:.1f} to {spread.max:.1f})"
+
+
+def _ratio(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.min:.2f} to {spread.max:.2f})"
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
