@@ -1,0 +1,1 @@
+"""Executing programs of moments: kernels, packed weights, threads."""

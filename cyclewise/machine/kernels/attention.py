@@ -1,0 +1,208 @@
+"""Grouped-query attention over the paged KV cache, with a running softmax (Milakov and Gimelshein, 2018; FlashAttention).
+
+A tile is a block of at most QUERY_BLOCK consecutive tokens of a sequence and one key-value head; its *rows* are the block's
+tokens times the query heads that share the head. Page after page, keys and values become float32 once and serve all rows.
+A row meets the pages in order and nothing else enters its sums, so its bits do not depend on the block or the batch:
+a page that it may not see leaves it as it was, to the bit.
+"""
+
+from __future__ import annotations
+
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.lang import F32, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.layout import (
+    ATTENTION,
+    BATCH,
+    PAGE_TOKENS,
+    QUERY_BLOCK,
+    QUERY_BLOCK_FIELDS,
+    THREAD,
+    Record,
+    load_int32,
+)
+from cyclewise.machine.kernels.math import exp
+
+LANES = 16
+
+
+def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
+    """Bytes of scratch a thread needs for query groups of that size."""
+    rows = QUERY_BLOCK * group_size
+    page = PAGE_TOKENS * padded_head_dim * 4
+    return 2 * page + rows * 4 * (2 * padded_head_dim + PAGE_TOKENS + 3)
+
+
+def _row_tiles(emitter: Emitter) -> tuple[int, ...]:
+    return (6, 3, 1) if emitter.target.name == "avx512" else (3, 1)
+
+
+def _attention(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, b, t = Record(emitter, moment, ATTENTION), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    group = m.num_heads // m.num_kv_heads
+    dim, padded = m.head_dim, m.padded_head_dim
+    floats = vector(F32, LANES)
+    zero, one = emitter.constant(0.0, F32), emitter.constant(1.0, F32)
+    page_floats = padded * (PAGE_TOKENS * 4)
+    keys, values = t.scratch, t.scratch + page_floats
+    queries = values + page_floats  # (rows, head_dim)
+    out = queries + padded * group * (QUERY_BLOCK * 4)  # (rows, padded_head_dim)
+    scores = out + padded * group * (QUERY_BLOCK * 4)  # (rows, PAGE_TOKENS)
+    maxima = scores + group * (QUERY_BLOCK * PAGE_TOKENS * 4)  # (rows)
+    sums = maxima + group * (QUERY_BLOCK * 4)
+    factors = sums + group * (QUERY_BLOCK * 4)
+
+    with emitter.range(first, last) as tile:
+        block_index, kv_head = tile // m.num_kv_heads, tile % m.num_kv_heads
+        record = b.query_blocks + block_index * (8 * len(QUERY_BLOCK_FIELDS))
+        block = Record(emitter, record, QUERY_BLOCK_FIELDS)
+        rows = block.num_tokens * group
+        heads = kv_head * group
+
+        with emitter.range(0, rows) as row:
+            token, head = row // group, heads + row % group
+            source = m.qkv + (block.first_token + token) * m.qkv_stride + head * dim * 4
+            with emitter.range(0, dim) as at:
+                value = emitter.load(source + at * 4, F32)
+                emitter.store(queries + (row * dim + at) * 4, value)
+            with emitter.range(0, padded, LANES) as at:
+                to = out + (row * padded + at) * 4
+                emitter.store(to, emitter.constant(0.0, floats))
+            emitter.store(maxima + row * 4, emitter.constant(float("-inf"), F32))
+            emitter.store(sums + row * 4, zero)
+
+        end = block.first_position + block.num_tokens
+        with emitter.range(0, end, PAGE_TOKENS) as start:
+            page = load_int32(emitter, block.pages, start // PAGE_TOKENS) * m.page_bytes
+            half_page = kv_head * PAGE_TOKENS * 2
+            _widen(emitter, m.keys + page + half_page * dim, keys, dim * PAGE_TOKENS)
+            _widen(emitter, m.values + page + half_page * padded, values, padded * PAGE_TOKENS)
+
+            def score(count: int, row: Value) -> None:
+                _scores(emitter, count, queries + row * dim * 4, keys, dim, scores + row * (PAGE_TOKENS * 4))
+
+            _over_rows(emitter, rows, score)
+            with emitter.range(0, rows) as row:
+                position = block.first_position + row // group
+                visible = position - start + 1
+                at = scores + row * (PAGE_TOKENS * 4)
+                _softmax(emitter, at, visible, maxima + row * 4, sums + row * 4, factors + row * 4)
+
+            def weigh(count: int, row: Value) -> None:
+                _weighted(
+                    emitter, count, scores + row * (PAGE_TOKENS * 4), values, padded,
+                    out + row * padded * 4, factors + row * 4,
+                )  # fmt: skip
+
+            _over_rows(emitter, rows, weigh)
+
+        with emitter.range(0, rows) as row:
+            token, head = row // group, heads + row % group
+            to = m.out + (block.first_token + token) * m.out_stride + head * dim * 4
+            inverse = one / emitter.load(sums + row * 4, F32)
+            with emitter.range(0, dim) as at:
+                value = emitter.load(out + (row * padded + at) * 4, F32)
+                emitter.store(to + at * 4, value * inverse)
+
+
+def _over_rows(emitter: Emitter, rows: Value, call: object) -> None:
+    done = emitter.variable(emitter.constant(0))
+    for size in _row_tiles(emitter):
+        with emitter.loop() as leave_if:
+            leave_if(done.get() + size > rows)
+            call(size, done.get())  # type: ignore[operator]
+            done.add(size)
+
+
+def _widen(emitter: Emitter, source: Value, to: Value, count: Value) -> None:
+    """float16 to float32; `count` is a multiple of 16."""
+    with emitter.range(0, count, LANES) as at:
+        halves = emitter.load(source + at * 2, vector(I16, LANES))
+        emitter.store(to + at * 4, emitter.half_to_float(halves))
+
+
+def _scores(emitter: Emitter, rows: int, queries: Value, keys: Value, dim: Value, out: Value) -> None:
+    """out[row][key] = query[row] . key, a page of keys, one key a lane."""
+    lanes = emitter.target.lanes
+    vectors = PAGE_TOKENS // lanes
+    width = 2 if vectors > 2 else vectors
+    floats = vector(F32, lanes)
+    for part in range(0, vectors, width):
+        zero = emitter.constant(0.0, floats)
+        sums = [[emitter.variable(zero) for _ in range(width)] for _ in range(rows)]
+        with emitter.range(0, dim) as at:
+            base = keys + at * (PAGE_TOKENS * 4) + part * lanes * 4
+            found = [emitter.load(base + i * lanes * 4, floats) for i in range(width)]
+            for row in range(rows):
+                q = emitter.broadcast(queries + (dim * row + at) * 4, F32, lanes)
+                for i in range(width):
+                    sums[row][i].set(emitter.fma(q, found[i], sums[row][i].get()))
+        for row in range(rows):
+            for i in range(width):
+                to = out + row * (PAGE_TOKENS * 4) + (part + i) * lanes * 4
+                emitter.store(to, sums[row][i].get())
+
+
+def _softmax(emitter: Emitter, scores: Value, visible: Value, maximum: Value, total: Value, factor: Value) -> None:
+    """Turns a row's scores into weights; keeps the running maximum and sum; `factor` rescales what was."""
+    floats = vector(F32, LANES)
+    parts = PAGE_TOKENS // LANES
+    limit = emitter.splat(emitter.cast(visible, I32, "trunc"), LANES)
+    found = []
+    for part in range(parts):
+        index = emitter.vector_constant(range(part * LANES, (part + 1) * LANES), I32)
+        hidden = emitter.constant(float("-inf"), floats)
+        score = emitter.load(scores + part * LANES * 4, floats)
+        found.append((index < limit).select(score, hidden))
+    largest = found[0]
+    for value in found[1:]:
+        largest = emitter.maximum(largest, value)
+    before = emitter.load(maximum, F32)
+    now = emitter.maximum(before, emitter.fold(largest, emitter.maximum))
+    wide = emitter.splat(now, LANES)
+    weights = [exp(emitter, value - wide) for value in found]
+    for part, value in enumerate(weights):
+        emitter.store(scores + part * LANES * 4, value)
+    added = weights[0]
+    for value in weights[1:]:
+        added = added + value
+    change = emitter.extract(exp(emitter, emitter.splat(before - now, 1)), 0)
+    emitter.store(maximum, now)
+    emitter.store(factor, change)
+    emitter.store(total, emitter.load(total, F32) * change + emitter.sum(added))
+
+
+def _weighted(
+    emitter: Emitter, rows: int, weights: Value, values: Value, padded: Value, out: Value, factors: Value
+) -> None:
+    """out[row] = factor[row] * out[row] + weights[row] . values, a page of values."""
+    lanes = emitter.target.lanes
+    width = LANES // lanes
+    floats = vector(F32, lanes)
+    with emitter.range(0, padded, LANES) as column:
+        sums = []
+        for row in range(rows):
+            change = emitter.broadcast(factors + row * 4, F32, lanes)
+            at = out + (padded * row + column) * 4
+            sums.append(
+                [emitter.variable(emitter.load(at + i * lanes * 4, floats) * change) for i in range(width)]
+            )
+        with emitter.range(0, PAGE_TOKENS) as token:
+            base = values + (token * padded + column) * 4
+            found = [emitter.load(base + i * lanes * 4, floats) for i in range(width)]
+            for row in range(rows):
+                weight = emitter.broadcast(weights + (token + row * PAGE_TOKENS) * 4, F32, lanes)
+                for i in range(width):
+                    sums[row][i].set(emitter.fma(weight, found[i], sums[row][i].get()))
+        for row in range(rows):
+            for i in range(width):
+                at = out + (padded * row + column) * 4 + i * lanes * 4
+                emitter.store(at, sums[row][i].get())
+
+
+def attention_unit() -> Unit:
+    def write(emitter: Emitter) -> None:
+        emitter.function("attention", 5, lambda *a: _attention(emitter, *a))
+
+    return Unit("attention", write, ("attention",))

@@ -1,0 +1,186 @@
+"""Integer dot products of a group: weight codes times activation codes, by what the target can do.
+
+`Dot(emitter, kind).group(...)` gives, for some tokens, the int32 sums over a group of 32 columns of
+`(code - zero_point) * activation`, exact in every target, one row a lane.
+
+An activation group of a token takes 48 bytes: 32 int8 codes (-127..127), float32 scale, float32 scale*sum, int32 -8*sum,
+and two int16: -8 * the sum of each half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cyclewise.machine.kernels.blocks import STEPS, BlockFormat
+from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
+
+ACTIVATION_GROUP = 48
+AT_SCALE, AT_SCALED_SUM, AT_SUM, AT_HALF_SUMS = 32, 36, 40, 44
+
+
+class Dot:
+    """The dot products of one format on the emitter's target.
+
+    `codes(step)` gives int32 lanes of four codes each; `sub_scale(half)` the int32 scales of Q6_K.
+    """
+
+    def __init__(self, emitter: Emitter, kind: BlockFormat) -> None:
+        self.emitter = emitter
+        self.kind = kind
+        self.lanes = emitter.target.lanes
+
+    def group(
+        self,
+        codes: Callable[[int], Value],
+        sub_scale: Callable[[int], Value] | None,
+        activations: list[Value],
+    ) -> list[Value]:
+        """int32 sums, one vector a token; `activations` are the addresses of the tokens' groups."""
+        target = self.emitter.target.name
+        if target == "avx512":
+            return self._avx512(codes, sub_scale, activations)
+        if target == "avx2":
+            return self._avx2(codes, sub_scale, activations)
+        return self._plain(codes, sub_scale, activations)
+
+    def _words(self, address: Value) -> Value:
+        return self.emitter.broadcast(address, I32, self.lanes)
+
+    def _zero(self) -> Value:
+        return self.emitter.constant(0, vector(I32, self.lanes))
+
+    def _with_sub_scales(self, halves: list[list[Value]], sub_scale: Callable[[int], Value]) -> list[Value]:
+        scales = [sub_scale(0), sub_scale(1)]
+        return [low * scales[0] + high * scales[1] for low, high in zip(*halves, strict=True)]
+
+    def _correction(self, address: Value, zero_point: int) -> Value:
+        """-zero_point * sum, from the stored -8 * sum."""
+        shift = {8: 0, 16: 1, 32: 2, 128: 4}[zero_point]
+        return self._words(address + AT_SUM) << shift
+
+    def _half_correction(self, address: Value, half: int, zero_point: int) -> Value:
+        """The same for one half of the group's columns."""
+        sums = self.emitter.load(address + AT_HALF_SUMS + 2 * half, I16)
+        shift = {32: 2}[zero_point]
+        wide = self.emitter.cast(sums, I32, "sext") << shift
+        return self.emitter.splat(wide, self.lanes)
+
+    def _avx512(
+        self,
+        codes: Callable[[int], Value],
+        sub_scale: Callable[[int], Value] | None,
+        activations: list[Value],
+    ) -> list[Value]:
+        """VPDPBUSD: unsigned codes times signed activations; signed codes become unsigned by adding 128."""
+        emitter, kind = self.emitter, self.kind
+        signed = kind.bits == 8
+        zero_point = 128 if signed else kind.zero_point
+        halves = []
+        for steps in ((0, 1, 2, 3), (4, 5, 6, 7)) if sub_scale else (range(STEPS),):
+            if sub_scale:
+                sums = [self._half_correction(a, steps[0] // 4, zero_point) for a in activations]
+            elif zero_point:
+                sums = [self._correction(a, zero_point) for a in activations]
+            else:
+                sums = [self._zero() for _ in activations]
+            for step in steps:
+                word = codes(step)
+                if signed:
+                    word = word ^ -0x7F7F7F80
+                sums = [
+                    self._vpdpbusd(total, word, self._words(address + 4 * step))
+                    for total, address in zip(sums, activations, strict=True)
+                ]
+            halves.append(sums)
+        return self._with_sub_scales(halves, sub_scale) if sub_scale else halves[0]
+
+    def _vpdpbusd(self, total: Value, codes: Value, activations: Value) -> Value:
+        emitter = self.emitter
+        as_bytes = vector(I8, 4 * self.lanes)
+        return emitter.intrinsic(
+            "llvm.x86.avx512.vpdpbusd.512",
+            total.type,
+            total,
+            emitter.bitcast(codes, as_bytes),
+            emitter.bitcast(activations, as_bytes),
+        )
+
+    def _avx2(
+        self,
+        codes: Callable[[int], Value],
+        sub_scale: Callable[[int], Value] | None,
+        activations: list[Value],
+    ) -> list[Value]:
+        """VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into int32.
+
+        A step adds at most 2 * (2**bits - 1) * 127 to an int16: 8 steps of 4 bits, 4 of 5, 2 of 6. Codes of 8 bits would
+        saturate at once: their sign moves to the activation, |code| <= 128 leaves 32,512.
+        """
+        emitter, kind = self.emitter, self.kind
+        shorts, as_bytes = vector(I16, 2 * self.lanes), vector(I8, 4 * self.lanes)
+        run = {4: 8, 5: 4, 6: 2, 8: 1}[kind.bits]
+        ones = emitter.constant(1, shorts)
+        totals: list[Value | None] = [None] * len(activations)
+        if kind.zero_point and not sub_scale:
+            totals = [self._correction(a, kind.zero_point) for a in activations]
+        pairs = []
+        if sub_scale:
+            scales = [sub_scale(0), sub_scale(1)]
+            pairs = [emitter.bitcast((s & 0xFFFF) | (s << 16), shorts) for s in scales]
+            both = emitter.bitcast((scales[0] & 0xFFFF) | (scales[1] << 16), shorts)
+            shift = {32: 2}[kind.zero_point]
+            for i, address in enumerate(activations):
+                sums = emitter.bitcast(self._words(address + AT_HALF_SUMS), shorts)
+                totals[i] = self._vpmaddwd(both, sums) << shift
+        for first in range(0, STEPS, run):
+            partial: list[Value | None] = [None] * len(activations)
+            for step in range(first, first + run):
+                word = emitter.bitcast(codes(step), as_bytes)
+                magnitude = self._signed_by(word, word) if kind.bits == 8 else word
+                for i, address in enumerate(activations):
+                    x = emitter.bitcast(self._words(address + 4 * step), as_bytes)
+                    if kind.bits == 8:
+                        x = self._signed_by(x, word)
+                    product = emitter.intrinsic("llvm.x86.avx2.pmadd.ub.sw", shorts, magnitude, x)
+                    before = partial[i]
+                    partial[i] = product if before is None else before + product
+            factor = pairs[first // 4] if sub_scale else ones
+            for i, value in enumerate(partial):
+                assert value is not None
+                wide, before = self._vpmaddwd(value, factor), totals[i]
+                totals[i] = wide if before is None else before + wide
+        return [total for total in totals if total is not None]
+
+    def _signed_by(self, value: Value, sign: Value) -> Value:
+        """VPSIGNB: `value`, negated where `sign` is negative, 0 where it is 0."""
+        return self.emitter.intrinsic("llvm.x86.avx2.psign.b", value.type, value, sign)
+
+    def _vpmaddwd(self, left: Value, right: Value) -> Value:
+        result = vector(I32, self.lanes)
+        return self.emitter.intrinsic("llvm.x86.avx2.pmadd.wd", result, left, right)
+
+    def _plain(
+        self,
+        codes: Callable[[int], Value],
+        sub_scale: Callable[[int], Value] | None,
+        activations: list[Value],
+    ) -> list[Value]:
+        """Byte after byte in int32 lanes."""
+        emitter, kind = self.emitter, self.kind
+        halves: list[list[Value]] = []
+        words = vector(I32, self.lanes)
+        for steps in ((0, 1, 2, 3), (4, 5, 6, 7)) if sub_scale else (range(STEPS),):
+            sums = [self._zero() for _ in activations]
+            for step in steps:
+                word = codes(step)
+                for byte in range(4):
+                    if kind.bits == 8:
+                        code = emitter.cast(emitter.cast(word >> (8 * byte), vector(I8, self.lanes), "trunc"), words, "sext")
+                    else:
+                        code = ((word >> (8 * byte)) & 0xFF) - kind.zero_point
+                    for i, address in enumerate(activations):
+                        x = emitter.cast(emitter.load(address + 4 * step + byte, I8), I32, "sext")
+                        sums[i] = sums[i] + code * emitter.splat(x, self.lanes)
+            halves.append(sums)
+        return self._with_sub_scales(halves, sub_scale) if sub_scale else halves[0]
+

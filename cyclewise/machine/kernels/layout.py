@@ -1,0 +1,78 @@
+"""The records that kernels read: fields of 64 bits, by number.
+
+`machine/program.py` writes them, the kernels read them through `Record`; both sides use the names here.
+Every kernel of a moment has one signature: `kernel(moment, batch, thread, first, last)`, the tiles `first..last` of
+the moment for one thread.
+"""
+
+from __future__ import annotations
+
+from cyclewise.machine.kernels.lang import F32, I32, I64, Emitter, Value
+
+PAGE_TOKENS = 32
+"""Tokens of a page of the KV cache."""
+QUERY_BLOCK = 16
+"""Query tokens that attention takes at once."""
+
+BATCH = (
+    "num_tokens",
+    "num_logits",
+    "token_ids",  # int32 (num_tokens)
+    "positions",  # int32 (num_tokens)
+    "slots",  # int32 (num_tokens): page * PAGE_TOKENS + place in the page
+    "logit_rows",  # int32 (num_logits)
+    "query_blocks",  # records QUERY_BLOCK_FIELDS
+)
+QUERY_BLOCK_FIELDS = ("first_token", "num_tokens", "first_position", "pages")
+
+THREAD = ("scratch", "private")
+"""A thread's own memory, and what to add to the address of a private buffer."""
+
+EMBED = ("row_kernel", "table", "tile_bytes", "columns", "out", "out_stride")
+NORM = (
+    "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride", "of_logits", "out_private",
+)  # fmt: skip
+QUANTIZE = ("x", "x_stride", "x_private", "columns", "out", "out_stride", "out_private")
+LINEAR = (
+    "x", "x_stride", "x_private", "columns", "out", "out_stride", "add_to_out", "of_logits", "num_parts",
+)  # fmt: skip
+LINEAR_PART = ("tile_kernel", "weights", "tile_bytes", "num_tiles", "out_offset", "bias")
+GATED = (
+    "x", "x_stride", "x_private", "columns", "out", "out_stride",
+    "gate_kernel", "gate", "gate_tile_bytes", "up_kernel", "up", "up_tile_bytes",
+)  # fmt: skip
+ROPE = (
+    "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim", "rope_dim",
+    "cosines", "sines", "scale", "keys", "values", "page_bytes",
+)  # fmt: skip
+ATTENTION = (
+    "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim",
+    "keys", "values", "page_bytes", "out", "out_stride",
+)  # fmt: skip
+
+SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
+STEP = ("epoch", "num_moments", "schedule", "batch", "counters", "num_threads", "threads")
+
+
+class Record:
+    """A record at an address, read field by field."""
+
+    def __init__(self, emitter: Emitter, address: Value, fields: tuple[str, ...]) -> None:
+        self._emitter = emitter
+        self._address = address
+        self._fields = fields
+
+    def __getattr__(self, name: str) -> Value:
+        return self._emitter.load(self._address + 8 * self._fields.index(name))
+
+    def float(self, name: str) -> Value:
+        """A field whose low 32 bits are a float32."""
+        return self._emitter.load(self._address + 8 * self._fields.index(name), F32)
+
+
+def load_int32(emitter: Emitter, address: Value, index: Value) -> Value:
+    """An element of an int32 array, as int64."""
+    return emitter.cast(emitter.load(address + index * 4, I32), I64, "sext")
+
+
+

@@ -1,0 +1,167 @@
+"""The loop that executes a program, and the threads' life around it.
+
+`execute(step, thread)` walks the moments of a step. Threads claim tiles from counters, their own share first, then the
+others', and a moment is over when its tiles are done, not when its threads have arrived: a thread that the operating
+system has put to sleep holds nobody up. A counter is one word, `epoch << 32 | next`; a claim is a compare-and-swap
+that carries the step's epoch, so that a thread which slept through steps finds nothing to claim, and nobody has to reset a
+counter. A *replicated* moment is one that every thread computes for itself, because that costs less than handing it over.
+
+`work(step, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it returns when the epoch's word
+becomes `STOP`. Waiting spins, then yields, then parks.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.lang import I32, I64, Emitter, Value
+from cyclewise.machine.kernels.layout import SCHEDULE, STEP, THREAD, Record
+
+LINE = 64
+"""Bytes of a cache line: every counter has its own."""
+STOP = -1
+
+SPINS_IN_STEP = 256
+SPINS_BETWEEN_STEPS = 2_000
+YIELDS_BETWEEN_STEPS = 200
+
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
+
+
+def _pause(emitter: Emitter) -> None:
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        emitter.hint("llvm.x86.sse2.pause")
+
+
+def _yield(emitter: Emitter) -> None:
+    if sys.platform == "win32":
+        emitter.call_c("SwitchToThread", I32)
+    else:
+        emitter.call_c("sched_yield", I32)
+
+
+def _park(emitter: Emitter, address: Value, epoch: Value) -> None:
+    """Sleeps until the low half of the epoch at `address` is no longer `epoch`, or for no reason."""
+    if _FUTEX:
+        expected = epoch & 0xFFFFFFFF
+        wait_private, none = emitter.constant(128), emitter.constant(0)
+        number = emitter.constant(_FUTEX)
+        emitter.call_c(
+            "syscall", I64, number, address, wait_private, expected, none, none, none, variadic=1
+        )
+    elif sys.platform == "win32":
+        emitter.call_c("Sleep", I32, emitter.constant(1, I32))
+    else:
+        emitter.call_c("usleep", I32, emitter.constant(500, I32))
+
+
+def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
+    s = Record(emitter, step, STEP)
+    epoch, threads = s.epoch, s.num_threads
+    tag = epoch << 32
+    context = s.threads + thread * (8 * len(THREAD))
+    batch, schedule, counters = s.batch, s.schedule, s.counters
+    stride = (threads + 1) * LINE
+
+    def is_later(word: Value) -> Value:
+        """Whether a counter belongs to a later step than ours: then ours is long over."""
+        difference = emitter.cast(word >> 32, I32, "trunc") - emitter.cast(epoch, I32, "trunc")
+        return difference > 0
+
+    with emitter.range(0, s.num_moments) as index:
+        entry = Record(emitter, schedule + index * (8 * len(SCHEDULE)), SCHEDULE)
+        kernel, moment, tiles, grain = entry.kernel, entry.moment, entry.num_tiles, entry.grain
+
+        def run(first: Value, last: Value) -> None:
+            emitter.call_address(kernel, moment, batch, context, first, last)
+
+        with emitter.when(entry.replicated.differs(0)):
+            run(emitter.constant(0), tiles)
+        with emitter.when(entry.replicated.equals(0)):
+            line = counters + index * stride
+            done_at = line + threads * LINE
+            done = emitter.variable(emitter.constant(0))
+            with emitter.range(0, threads) as turn:
+                owner = (thread + turn) % threads
+                base = tiles * owner // threads
+                size = tiles * (owner + 1) // threads - base
+                counter = line + owner * LINE
+                with emitter.loop() as leave_if:
+                    word = emitter.atomic_load(counter)
+                    emitter.return_if(is_later(word))
+                    ours = (word >> 32).equals(epoch & 0xFFFFFFFF)
+                    claimed = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
+                    leave_if(claimed >= size)
+                    end = claimed + grain
+                    end = (end > size).select(size, end)
+                    _, won = emitter.compare_exchange(counter, word, tag | end)
+                    with emitter.when(won):
+                        run(base + claimed, base + end)
+                        done.add(end - claimed)
+            mine = done.get()
+            with emitter.when(mine > 0), emitter.loop() as leave_if:
+                word = emitter.atomic_load(done_at)
+                ours = (word >> 32).equals(epoch & 0xFFFFFFFF)
+                count = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
+                _, won = emitter.compare_exchange(done_at, word, tag | (count + mine))
+                leave_if(won)
+            spins = emitter.variable(emitter.constant(0))
+            with emitter.loop() as leave_if:
+                word = emitter.atomic_load(done_at)
+                leave_if(word.equals(tag | tiles))
+                emitter.return_if(is_later(word))
+                _pause(emitter)
+                spins.add(1)
+                with emitter.when(spins.get() > SPINS_IN_STEP):
+                    _yield(emitter)
+
+
+def _work(emitter: Emitter, execute: object, step: Value, thread: Value, sleepers: Value) -> None:
+    before = emitter.variable(emitter.constant(0))
+    idle = emitter.variable(emitter.constant(0))
+    with emitter.loop() as leave_if:
+        epoch = emitter.atomic_load(step)
+        leave_if(epoch.equals(STOP))
+        with emitter.when(epoch.differs(before.get())):
+            before.set(epoch)
+            idle.set(emitter.constant(0))
+            emitter.call(execute, step, thread)  # type: ignore[arg-type]
+        with emitter.when(epoch.equals(before.get())):
+            idle.add(1)
+            spent = idle.get()
+            _pause(emitter)
+            with emitter.when(spent > SPINS_BETWEEN_STEPS):
+                _yield(emitter)
+            with emitter.when(spent > SPINS_BETWEEN_STEPS + YIELDS_BETWEEN_STEPS):
+                emitter.atomic_add(sleepers, emitter.constant(1))
+                _park(emitter, step, before.get())
+                emitter.atomic_add(sleepers, emitter.constant(-1))
+
+
+def _post(emitter: Emitter, step: Value, epoch: Value, sleepers: Value) -> None:
+    """Makes `epoch` the current one and wakes who sleeps."""
+    emitter.atomic_store(step, epoch)
+    if _FUTEX:
+        with emitter.when(emitter.atomic_load(sleepers) > 0):
+            wake_private, all_of_them = emitter.constant(129), emitter.constant(0x7FFFFFFF)
+            none, number = emitter.constant(0), emitter.constant(_FUTEX)
+            emitter.call_c(
+                "syscall", I64, number, step, wake_private, all_of_them, none, none, none, variadic=1
+            )
+
+
+def loop_unit() -> Unit:
+    def write(emitter: Emitter) -> None:
+        execute = emitter.function("execute", 2, lambda *a: _execute(emitter, *a))
+        emitter.function("work", 3, lambda *a: _work(emitter, execute, *a))
+        emitter.function("post", 3, lambda *a: _post(emitter, *a))
+
+        def step(at: Value, epoch: Value, sleepers: Value) -> None:
+            _post(emitter, at, epoch, sleepers)
+            emitter.call(execute, at, emitter.constant(0))
+
+        emitter.function("step", 3, step)
+
+    return Unit("loop", write, ("execute", "work", "post", "step"))

@@ -1,0 +1,48 @@
+"""Functions of vectors that LLVM does not have, in operations that every target rounds alike."""
+
+from __future__ import annotations
+
+from cyclewise.machine.kernels.lang import F32, I32, Emitter, Value, vector
+
+_ROUND = 12582912.0
+"""1.5 * 2**23: adding it to a small float32 leaves the nearest integer in the low bits."""
+
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
+"""The polynomial of Cephes' expf."""
+
+
+def round_to_int(emitter: Emitter, value: Value) -> Value:
+    """float32 lanes (below 2**22) to the nearest int32, ties to even."""
+    words = vector(I32, value.type.count)
+    shifted = emitter.bitcast(value + _ROUND, words)
+    return shifted - 0x4B400000
+
+
+def exp(emitter: Emitter, x: Value) -> Value:
+    """e**x of float32 lanes, within 2 units in the last place; exactly 1 at 0, exactly 0 below -87."""
+    floats = x.type
+    lanes = floats.count
+    low = emitter.constant(-87.0, floats)
+    high = emitter.constant(88.0, floats)
+    clamped = emitter.minimum(emitter.maximum(x, low), high)
+    power = round_to_int(emitter, clamped * 1.44269504088896341)
+    n = emitter.to_float(power)
+    rest = emitter.fma(n, emitter.constant(-0.693359375, floats), clamped)
+    rest = emitter.fma(n, emitter.constant(2.12194440e-4, floats), rest)
+    value = emitter.constant(_EXP[0], floats)
+    for coefficient in _EXP[1:]:
+        value = emitter.fma(value, rest, emitter.constant(coefficient, floats))
+    value = emitter.fma(value, rest * rest, rest + 1.0)
+    scale = emitter.bitcast((power + 127) << 23, vector(F32, lanes))
+    return (x < low).select(emitter.constant(0.0, floats), value * scale)
+
+
+def silu(emitter: Emitter, x: Value) -> Value:
+    """x * sigmoid(x)."""
+    negative = emitter.constant(-0.0, x.type) - x
+    return x / (exp(emitter, negative) + 1.0)
+
+
+def absolute(emitter: Emitter, x: Value) -> Value:
+    words = vector(I32, x.type.count)
+    return emitter.bitcast(emitter.bitcast(x, words) & 0x7FFFFFFF, x.type)

@@ -1,0 +1,288 @@
+"""Matrix kernels: one tile of 16 weight rows times any number of tokens.
+
+`tile_<format>(weights, columns, x, x_stride, num_tokens, sums, scratch)` writes float32 `sums[token][16]`. Few tokens
+read the packed weights directly; many tokens unpack them first, 1,024 columns at a time, into `scratch` (bytes and
+float32 scales), where they serve every token. Either way a token's sum runs over the groups in order:
+
+    sum = fma(scale * x_scale, float(dot), sum);  sum = fma(minimum, x_scaled_sum, sum)
+
+so its bits do not depend on how many tokens come with it.
+
+`row_<format>(weights, columns, row, out, scratch)` writes one row of a tile as float32: an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cyclewise.machine.kernels.blocks import (
+    BLOCK_FORMATS,
+    FLOAT_FORMATS,
+    ROWS,
+    STEPS,
+    BlockFormat,
+    load_floats,
+)
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP, AT_SCALE, AT_SCALED_SUM, Dot
+from cyclewise.machine.kernels.lang import F32, I8, I32, Emitter, Value, Variable, vector
+
+UNPACK_FROM = 9
+"""Tokens from which unpacking pays."""
+PANEL_GROUPS = 32
+"""Groups that are unpacked at once: they stay in the first-level cache."""
+SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 4) * 4 * ROWS
+
+
+def matmul_unit(name: str) -> Unit:
+    """The unit of one weight format: it exports `tile_<format>` and `row_<format>`."""
+    write = _FloatMatmul(name).write if name in FLOAT_FORMATS else _BlockMatmul(name).write
+    return Unit(f"matmul_{name}", write, (f"tile_{name}", f"row_{name}"))
+
+
+def _over_tokens(
+    emitter: Emitter, num_tokens: Value, tiles: tuple[int, ...], call: Callable[[int, Value], None]
+) -> None:
+    """Covers `num_tokens` with tiles, largest first: `call(tile, first token)`."""
+    done = emitter.variable(emitter.constant(0))
+    for tile in tiles:
+        with emitter.loop() as leave_if:
+            leave_if(done.get() + tile > num_tokens)
+            call(tile, done.get())
+            done.add(tile)
+
+
+class _BlockMatmul:
+    """Writes the unit of a quantized format."""
+
+    def __init__(self, name: str) -> None:
+        self.kind: BlockFormat = BLOCK_FORMATS[name]
+
+    def write(self, emitter: Emitter) -> None:
+        kind, target = self.kind, emitter.target
+        self.emitter, self.lanes, self.parts = emitter, target.lanes, ROWS // target.lanes
+        self.dot = Dot(emitter, kind)
+        direct_tiles = tuple(tile for tile in target.token_tiles if tile <= 4)
+        direct = {
+            tile: emitter.function(
+                f"direct_{tile}", 5, lambda *a, tile=tile: self._direct(tile, *a), exported=False
+            )
+            for tile in direct_tiles
+        }
+        panel = {
+            tile: emitter.function(
+                f"panel_{tile}", 5, lambda *a, tile=tile: self._panel(tile, *a), exported=False
+            )
+            for tile in target.token_tiles
+        }
+        unpack = emitter.function("unpack", 3, self._unpack, exported=False)
+
+        def tile(
+            weights: Value, columns: Value, x: Value, stride: Value, tokens: Value, sums: Value, scratch: Value
+        ) -> None:
+            groups = columns >> 5
+
+            def call_direct(count: int, first: Value) -> None:
+                at = x + first * stride
+                emitter.call(direct[count], weights, groups, at, stride, sums + first * 64)
+
+            with emitter.when(tokens < UNPACK_FROM):
+                _over_tokens(emitter, tokens, direct_tiles, call_direct)
+            with emitter.when(tokens >= UNPACK_FROM):
+                with emitter.range(0, tokens) as token:
+                    zero = emitter.constant(0.0, vector(F32, ROWS))
+                    emitter.store(sums + token * 64, zero)
+                with emitter.range(0, groups, PANEL_GROUPS) as first_group:
+                    rest = groups - first_group
+                    count = (rest < PANEL_GROUPS).select(rest, emitter.constant(PANEL_GROUPS))
+                    block = weights + (first_group // kind.groups_per_block) * kind.block_bytes
+                    emitter.call(unpack, block, count, scratch)
+                    for part in range(self.parts):
+
+                        def call_panel(size: int, first: Value, part: int = part) -> None:
+                            at = x + first * stride + first_group * ACTIVATION_GROUP
+                            to = sums + first * 64 + part * self.lanes * 4
+                            codes = scratch + part * count * self._panel_bytes
+                            emitter.call(panel[size], codes, count, at, stride, to)
+
+                        _over_tokens(emitter, tokens, target.token_tiles, call_panel)
+
+        def row(weights: Value, columns: Value, lane: Value, out: Value, scratch: Value) -> None:
+            part, within = lane // self.lanes, lane % self.lanes
+            per_block = kind.groups_per_block
+            with emitter.range(0, (columns >> 5) // per_block) as block:
+                emitter.call(
+                    unpack, weights + block * kind.block_bytes, emitter.constant(per_block), scratch
+                )
+                with emitter.range(0, per_block) as group:
+                    codes = scratch + (part * per_block + group) * self._panel_bytes
+                    to = out + (block * per_block + group) * 128
+                    self._row_group(codes, within, to)
+
+        emitter.function(f"tile_{kind.name}", 7, tile)
+        emitter.function(f"row_{kind.name}", 5, row)
+
+    def _row_group(self, codes: Value, lane: Value, out: Value) -> None:
+        """One lane of an unpacked group as 32 float32."""
+        emitter, kind, width, quad = self.emitter, self.kind, self.lanes * 4, vector(F32, 4)
+        at = codes + lane * 4
+        scale = emitter.broadcast(at + STEPS * width, F32, 4)
+        for step in range(STEPS):
+            code = emitter.load(at + step * width, vector(I8, 4))
+            wide = emitter.cast(code, vector(I32, 4), "sext" if kind.bits == 8 else "zext")
+            value = emitter.cast(wide - kind.zero_point, quad, "sitofp")
+            if kind.has_sub_scales:
+                half = emitter.broadcast(at + (STEPS + 1 + step // 4) * width, I32, 4)
+                value = value * emitter.to_float(half)
+            value = value * scale
+            if kind.has_minimum:
+                value = value + emitter.broadcast(at + (STEPS + 1) * width, F32, 4)
+            emitter.store(out + step * 16, value)
+
+    def _accumulate(
+        self, sums: list[Variable], dots: list[Value], x: list[Value], scale: Value, minimum: Value | None
+    ) -> None:
+        emitter, lanes = self.emitter, self.lanes
+        for total, dot, address in zip(sums, dots, x, strict=True):
+            x_scale = emitter.broadcast(address + AT_SCALE, F32, lanes)
+            value = emitter.fma(scale * x_scale, emitter.to_float(dot), total.get())
+            if minimum is not None:
+                scaled_sum = emitter.broadcast(address + AT_SCALED_SUM, F32, lanes)
+                value = emitter.fma(minimum, scaled_sum, value)
+            total.set(value)
+
+    def _direct(self, tokens: int, weights: Value, groups: Value, x: Value, stride: Value, out: Value) -> None:
+        emitter, kind = self.emitter, self.kind
+        zero = emitter.constant(0.0, vector(F32, self.lanes))
+        sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(self.parts)]
+        rows = [x + stride * i for i in range(tokens)]
+
+        def group(block: Value, index: Value | int, column_group: Value) -> None:
+            at = [row + column_group * ACTIVATION_GROUP for row in rows]
+            for part in range(self.parts):
+                dots = self.dot.group(
+                    lambda step, part=part: kind.codes(emitter, block, index, step, part),
+                    (lambda half, part=part: kind.sub_scale(emitter, block, index, half, part))
+                    if kind.has_sub_scales
+                    else None,
+                    at,
+                )
+                scale = kind.scale(emitter, block, index, part)
+                minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
+                self._accumulate(sums[part], dots, at, scale, minimum)
+
+        self._over_groups(weights, groups, group)
+        for part in range(self.parts):
+            for i in range(tokens):
+                emitter.store(out + i * 64 + part * self.lanes * 4, sums[part][i].get())
+
+    def _over_groups(
+        self, weights: Value, groups: Value, write: Callable[[Value, Value | int, Value], None]
+    ) -> None:
+        emitter, kind = self.emitter, self.kind
+        per_block = kind.groups_per_block
+        with emitter.range(0, groups // per_block) as block:
+            address = weights + block * kind.block_bytes
+            if per_block == 1:
+                write(address, 0, block)
+            else:
+                with emitter.range(0, per_block) as index:
+                    write(address, index, block * per_block + index)
+
+    @property
+    def _panel_bytes(self) -> int:
+        """Bytes of one unpacked group: codes, then float32 scales, minima, int32 sub-scales."""
+        vectors = STEPS + 1 + self.kind.has_minimum + 2 * self.kind.has_sub_scales
+        return vectors * self.lanes * 4
+
+    def _unpack(self, weights: Value, groups: Value, scratch: Value) -> None:
+        """Writes the groups of part 0 of the rows, then those of part 1."""
+        emitter, kind, width = self.emitter, self.kind, self.lanes * 4
+
+        def group(block: Value, index: Value | int, column_group: Value) -> None:
+            for part in range(self.parts):
+                to = scratch + (column_group + groups * part) * self._panel_bytes
+                found = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
+                found.append(kind.scale(emitter, block, index, part))
+                if kind.has_minimum:
+                    found.append(kind.minimum(emitter, block, index, part))
+                if kind.has_sub_scales:
+                    found += [kind.sub_scale(emitter, block, index, half, part) for half in (0, 1)]
+                for i, value in enumerate(found):
+                    emitter.store(to + i * width, value)
+
+        self._over_groups(weights, groups, group)
+
+    def _panel(self, tokens: int, codes: Value, groups: Value, x: Value, stride: Value, out: Value) -> None:
+        emitter, kind, width = self.emitter, self.kind, self.lanes * 4
+        floats, words = vector(F32, self.lanes), vector(I32, self.lanes)
+        sums = [emitter.variable(emitter.load(out + i * 64, floats)) for i in range(tokens)]
+        rows = [x + stride * i for i in range(tokens)]
+        with emitter.range(0, groups) as group:
+            base = codes + group * self._panel_bytes
+            at = [row + group * ACTIVATION_GROUP for row in rows]
+            dots = self.dot.group(
+                lambda step: emitter.load(base + step * width, words),
+                (lambda half: emitter.load(base + (STEPS + 1 + half) * width, words))
+                if kind.has_sub_scales
+                else None,
+                at,
+            )
+            scale = emitter.load(base + STEPS * width, floats)
+            minimum = emitter.load(base + (STEPS + 1) * width, floats) if kind.has_minimum else None
+            self._accumulate(sums, dots, at, scale, minimum)
+        for i in range(tokens):
+            emitter.store(out + i * 64, sums[i].get())
+
+
+class _FloatMatmul:
+    """Writes the unit of a float format: float32 activations, one fused multiply-add a column, in order."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, emitter: Emitter) -> None:
+        tiles = tuple(tile for tile in emitter.target.token_tiles if tile <= 8)
+        functions = {
+            tile: emitter.function(
+                f"float_{tile}", 5, lambda *a, tile=tile: self._tile(emitter, tile, *a), exported=False
+            )
+            for tile in tiles
+        }
+
+        def tile(
+            weights: Value, columns: Value, x: Value, stride: Value, tokens: Value, sums: Value, _: Value
+        ) -> None:
+            def call(count: int, first: Value) -> None:
+                at = x + first * stride
+                emitter.call(functions[count], weights, columns, at, stride, sums + first * 64)
+
+            _over_tokens(emitter, tokens, tiles, call)
+
+        def row(weights: Value, columns: Value, lane: Value, out: Value, _: Value) -> None:
+            size = FLOAT_FORMATS[self.name]
+            with emitter.range(0, columns) as column:
+                at = weights + (column * ROWS + lane) * size
+                emitter.store(out + column * 4, load_floats(emitter, self.name, at, 1))
+
+        emitter.function(f"tile_{self.name}", 7, tile)
+        emitter.function(f"row_{self.name}", 5, row)
+
+    def _tile(
+        self, emitter: Emitter, tokens: int, weights: Value, columns: Value, x: Value, stride: Value, out: Value
+    ) -> None:
+        lanes, size = emitter.target.lanes, FLOAT_FORMATS[self.name]
+        parts = ROWS // lanes
+        zero = emitter.constant(0.0, vector(F32, lanes))
+        sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(parts)]
+        with emitter.range(0, columns) as column:
+            at = weights + column * (ROWS * size)
+            found = [load_floats(emitter, self.name, at + part * lanes * size, lanes) for part in range(parts)]
+            for i in range(tokens):
+                value = emitter.broadcast(x + stride * i + column * 4, F32, lanes)
+                for part in range(parts):
+                    total = sums[part][i]
+                    total.set(emitter.fma(found[part], value, total.get()))
+        for part in range(parts):
+            for i in range(tokens):
+                emitter.store(out + i * 64 + part * lanes * 4, sums[part][i].get())

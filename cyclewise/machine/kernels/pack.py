@@ -1,0 +1,145 @@
+"""Repacking: from a file's blocks to tiles of 16 rows, bit for bit.
+
+`pack_<format>(source, row_bytes, rows, num_rows, columns, out, first, last)` writes the tiles `first..last` of a matrix
+whose file rows lie at `source`; row i of the packed matrix is row `rows[i]` (int32) of the file. Rows beyond
+`num_rows` are zero. The layouts are those of `blocks.py`; the source's are ggml's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, ROWS, block_shape
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.layout import load_int32
+
+SOURCE_BLOCK = {
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
+    "Q5_0": (32, 22), "Q4_K": (256, 144), "Q6_K": (256, 210),
+}  # fmt: skip
+"""Columns and bytes of a file's block."""
+
+
+def _copy(emitter: Emitter, source: Value, to: Value, type_: object) -> None:
+    emitter.store(to, emitter.load(source, type_, align=1))  # type: ignore[arg-type]
+
+
+def _copy_words(emitter: Emitter, source: Value, to: Value, count: int) -> None:
+    """`count` words of a row, each to its own step of the tile."""
+    for word in range(count):
+        _copy(emitter, source + 4 * word, to + 64 * word, I32)
+
+
+def _q4_0(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + 256 + lane * 2, I16)
+    _copy_words(emitter, source + 2, to + lane * 4, 4)
+
+
+def _q4_1(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + 256 + lane * 2, I16)
+    _copy(emitter, source + 2, to + 288 + lane * 2, I16)
+    _copy_words(emitter, source + 4, to + lane * 4, 4)
+
+
+def _q5_0(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + 320 + lane * 2, I16)
+    _copy_words(emitter, source + 6, to + lane * 4, 4)
+    bits = emitter.load(source + 2, I32, align=1)
+    word = emitter.constant(0, I32)
+    for byte in range(4):
+        spread = (bits >> byte) & 0x11111111
+        spread = (spread | (spread >> 3)) & 0x03030303
+        spread = (spread | (spread >> 6)) & 0x000F000F
+        spread = (spread | (spread >> 12)) & 0xFF
+        word = word | (spread << (8 * byte))
+    emitter.store(to + 256 + lane * 4, word)
+
+
+def _q8_0(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + 512 + lane * 2, I16)
+    _copy_words(emitter, source + 2, to + lane * 4, 8)
+
+
+def _store_steps(emitter: Emitter, codes: Value, to: Value) -> None:
+    """16 bytes of a row: a word to each of four steps."""
+    words = emitter.bitcast(codes, vector(I32, 4))
+    for step in range(4):
+        emitter.store(to + 64 * step, emitter.extract(words, step))
+
+
+def _q4_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    half = vector(I8, 16)
+    _copy(emitter, source, to + 2304 + lane * 2, I16)
+    _copy(emitter, source + 2, to + 2336 + lane * 2, I16)
+    packed = [emitter.load(source + 4 + i, I8) for i in range(12)]
+    for group in range(8):
+        if group < 4:
+            scale, minimum = packed[group] & 63, packed[group + 4] & 63
+        else:
+            scale = (packed[group + 4] & 15) | ((packed[group - 4] >> 6) << 4)
+            minimum = (packed[group + 4] >> 4) | ((packed[group] >> 6) << 4)
+        emitter.store(to + 2048 + group * 16 + lane, scale)
+        emitter.store(to + 2176 + group * 16 + lane, minimum)
+    for pair in range(4):
+        low, high = (emitter.load(source + 16 + pair * 32 + 16 * i, half) for i in (0, 1))
+        for odd in (0, 1):
+            first, second = ((low >> 4, high >> 4) if odd else (low & 15, high & 15))
+            codes = (first & 15) | (second << 4)
+            _store_steps(emitter, codes, to + (2 * pair + odd) * 256 + lane * 4)
+
+
+def _q6_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    half = vector(I8, 16)
+    _copy(emitter, source + 208, to + 3328 + lane * 2, I16)
+    for index in range(16):
+        _copy(emitter, source + 192 + index, to + 3072 + index * 16 + lane, I8)
+    for group in range(8):
+        side, quarter = divmod(group, 4)
+        low_at = source + side * 64 + (quarter % 2) * 32
+        high_at = source + 128 + side * 32
+        low, high = [], []
+        for i in (0, 1):
+            nibbles = emitter.load(low_at + 16 * i, half)
+            low.append((nibbles >> 4 if quarter >= 2 else nibbles) & 15)
+            high.append((emitter.load(high_at + 16 * i, half) >> (2 * quarter)) & 3)
+        _store_steps(emitter, low[0] | (low[1] << 4), to + group * 256 + lane * 4)
+        for i in (0, 1):
+            words = emitter.bitcast(high[i], vector(I32, 4))
+            found = [emitter.extract(words, step) << (2 * step) for step in range(4)]
+            word = found[0] | found[1] | found[2] | found[3]
+            emitter.store(to + 2048 + group * 128 + 64 * i + lane * 4, word)
+
+
+_BLOCKS: dict[str, Callable[[Emitter, Value, Value, Value], None]] = {
+    "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q8_0": _q8_0, "Q4_K": _q4_k, "Q6_K": _q6_k,
+}  # fmt: skip
+
+
+def pack_unit(name: str) -> Unit:
+    columns_of_block, bytes_of_block = SOURCE_BLOCK[name]
+
+    def write(emitter: Emitter) -> None:
+        def pack(
+            source: Value, row_bytes: Value, rows: Value, num_rows: Value, columns: Value, out: Value,
+            first: Value, last: Value,
+        ) -> None:  # fmt: skip
+            blocks = columns // columns_of_block
+            block_bytes = block_shape(name)[1]
+            size = blocks * block_bytes
+            with emitter.range(first, last) as tile, emitter.range(0, ROWS) as lane:
+                row = tile * ROWS + lane
+                with emitter.when(row < num_rows):
+                    at = source + load_int32(emitter, rows, row) * row_bytes
+                    with emitter.range(0, blocks) as block:
+                        to = out + tile * size + block * block_bytes
+                        from_ = at + block * bytes_of_block
+                        if name in FLOAT_FORMATS:
+                            element = I32 if name == "F32" else I16
+                            _copy(emitter, from_, to + lane * bytes_of_block, element)
+                        else:
+                            _BLOCKS[name](emitter, from_, to, lane)
+
+        emitter.function(f"pack_{name}", 8, pack)
+
+    return Unit(f"pack_{name}", write, (f"pack_{name}",))

@@ -1,0 +1,165 @@
+"""Kernels that take tokens one by one: embedding, RMSNorm, quantizing activations, RoPE and the KV cache's writing.
+
+A tile is a token (for the last norm, a row of logits). RMSNorm: Zhang and Sennrich, 2019. RoPE: Su et al., 2021, with the
+halves of a head as pairs; weights whose file pairs neighbours are reordered when they are packed.
+"""
+
+from __future__ import annotations
+
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.dot import (
+    ACTIVATION_GROUP,
+    AT_HALF_SUMS,
+    AT_SCALE,
+    AT_SCALED_SUM,
+    AT_SUM,
+)
+from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.layout import (
+    BATCH,
+    EMBED,
+    NORM,
+    PAGE_TOKENS,
+    QUANTIZE,
+    ROPE,
+    THREAD,
+    Record,
+    load_int32,
+)
+from cyclewise.machine.kernels.math import absolute, round_to_int
+
+LANES = 16
+
+
+def _embed(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, b, t = Record(emitter, moment, EMBED), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    with emitter.range(first, last) as token:
+        token_id = load_int32(emitter, b.token_ids, token)
+        tile = m.table + (token_id >> 4) * m.tile_bytes
+        to = m.out + token * m.out_stride
+        emitter.call_address(m.row_kernel, tile, m.columns, token_id & 15, to, t.scratch)
+
+
+def _norm(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, b, t = Record(emitter, moment, NORM), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    floats = vector(F32, LANES)
+    with emitter.range(first, last) as row:
+        source = emitter.variable(row)
+        with emitter.when(m.of_logits.differs(0)):
+            source.set(load_int32(emitter, b.logit_rows, row))
+        x = m.x + source.get() * m.x_stride
+        total = emitter.variable(emitter.constant(0.0, floats))
+        with emitter.range(0, m.padded_width, LANES) as column:
+            value = emitter.load(x + column * 4, floats)
+            total.set(emitter.fma(value, value, total.get()))
+        mean = emitter.sum(total.get()) / emitter.cast(m.width, F32, "sitofp")
+        factor = 1.0 / emitter.unary("sqrt", mean + m.float("epsilon"))
+        out = m.out + t.private * m.out_private + row * m.out_stride
+        wide = emitter.splat(factor, LANES)
+        with emitter.range(0, m.padded_width, LANES) as column:
+            value = emitter.load(x + column * 4, floats) * wide
+            emitter.store(out + column * 4, value * emitter.load(m.weight + column * 4, floats))
+
+
+def _quantize(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, t = Record(emitter, moment, QUANTIZE), Record(emitter, thread, THREAD)
+    floats, words = vector(F32, LANES), vector(I32, LANES)
+    with emitter.range(first, last) as row:
+        x = m.x + t.private * m.x_private + row * m.x_stride
+        out = m.out + t.private * m.out_private + row * m.out_stride
+        with emitter.range(0, m.columns >> 5) as group:
+            at, to = x + group * 128, out + group * ACTIVATION_GROUP
+            halves = [emitter.load(at + 64 * half, floats) for half in (0, 1)]
+            largest = emitter.fold(
+                emitter.maximum(*[absolute(emitter, half) for half in halves]), emitter.maximum
+            )
+            scale = largest / 127.0
+            zero = emitter.constant(0.0, F32)
+            inverse = emitter.splat((largest > 0.0).select(127.0 / largest, zero), LANES)
+            sums = []
+            for half in (0, 1):
+                codes = round_to_int(emitter, halves[half] * inverse)
+                emitter.store(to + 16 * half, emitter.cast(codes, vector(I8, LANES), "trunc"))
+                sums.append(emitter.sum(codes))
+            total = sums[0] + sums[1]
+            emitter.store(to + AT_SCALE, scale)
+            emitter.store(to + AT_SCALED_SUM, scale * emitter.cast(total, F32, "sitofp"))
+            emitter.store(to + AT_SUM, total * -8)
+            for half in (0, 1):
+                small = emitter.cast(sums[half] * -8, I16, "trunc")
+                emitter.store(to + AT_HALF_SUMS + 2 * half, small)
+    assert words.count == LANES
+
+
+def _rope(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    """Rotates and scales the queries in place; writes rotated keys and the values, as float16, to the cache.
+
+    A page of keys of a layer is (kv_heads, head_dim, PAGE_TOKENS), of values (kv_heads, PAGE_TOKENS, padded_head_dim).
+    """
+    m, b = Record(emitter, moment, ROPE), Record(emitter, batch, BATCH)
+    head_bytes, half = m.head_dim * 4, m.rope_dim // 2
+    value_bytes = m.padded_head_dim * 2
+
+    def rotate(head: Value, angles: tuple[Value, Value], lanes: int, at: Value, factor: Value) -> None:
+        floats = vector(F32, lanes)
+        cosine, sine = (emitter.load(table + at * 4, floats) for table in angles)
+        wide = emitter.splat(factor, lanes)
+        low = emitter.load(head + at * 4, floats) * wide
+        high = emitter.load(head + (at + half) * 4, floats) * wide
+        emitter.store(head + at * 4, low * cosine - high * sine)
+        emitter.store(head + (at + half) * 4, high * cosine + low * sine)
+
+    def rotate_head(head: Value, angles: tuple[Value, Value], factor: Value) -> None:
+        whole = (half >> 4) << 4
+        with emitter.range(0, whole, LANES) as at:
+            rotate(head, angles, LANES, at, factor)
+        with emitter.range(whole, half) as at:
+            rotate(head, angles, 1, at, factor)
+        with emitter.range(m.rope_dim, m.head_dim) as at:
+            value = emitter.load(head + at * 4, F32)
+            emitter.store(head + at * 4, value * factor)
+
+    def to_cache(value: Value) -> Value:
+        """float16 bits; what float16 cannot hold becomes its largest value, never infinite."""
+        limit = emitter.constant(65504.0, value.type)
+        kept = emitter.maximum(emitter.minimum(value, limit), emitter.constant(-65504.0, value.type))
+        return emitter.float_to_half(kept)
+
+    with emitter.range(first, last) as token:
+        qkv = m.qkv + token * m.qkv_stride
+        position = load_int32(emitter, b.positions, token)
+        angles = (m.cosines + position * half * 4, m.sines + position * half * 4)
+        with emitter.range(0, m.num_heads) as head:
+            rotate_head(qkv + head * head_bytes, angles, m.float("scale"))
+        slot = load_int32(emitter, b.slots, token)
+        page, place = (slot // PAGE_TOKENS) * m.page_bytes, slot % PAGE_TOKENS
+        with emitter.range(0, m.num_kv_heads) as head:
+            key = qkv + (m.num_heads + head) * head_bytes
+            rotate_head(key, angles, emitter.constant(1.0, F32))
+            to = m.keys + page + (head * m.head_dim * PAGE_TOKENS + place) * 2
+            with emitter.range(0, m.head_dim) as at:
+                single = emitter.load(key + at * 4, vector(F32, 1))
+                emitter.store(to + at * (2 * PAGE_TOKENS), to_cache(single))
+            value = qkv + (m.num_heads + m.num_kv_heads + head) * head_bytes
+            to = m.values + page + (head * PAGE_TOKENS + place) * value_bytes
+            with emitter.range(0, m.head_dim) as at:
+                single = emitter.load(value + at * 4, vector(F32, 1))
+                emitter.store(to + at * 2, to_cache(single))
+
+
+def rows_unit() -> Unit:
+    kernels = {"embed": _embed, "norm": _norm, "quantize": _quantize, "rope": _rope}
+
+    def write(emitter: Emitter) -> None:
+        for name, kernel in kernels.items():
+            emitter.function(name, 5, lambda *a, kernel=kernel: kernel(emitter, *a))
+
+    return Unit("rows", write, tuple(kernels))

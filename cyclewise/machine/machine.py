@@ -1,0 +1,245 @@
+"""The machine: threads that execute a program for one batch of tokens.
+
+`Machine.step` takes a flat batch (any tokens of any sequences), checks it, writes the batch's record and runs the
+compiled loop (`kernels/loop.py`) on the calling thread; helper threads live in compiled code and wake by themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.errors import InvalidParameterError
+from cyclewise.machine.kernels.compiler import callable_at, host_compiler
+from cyclewise.machine.kernels.layout import (
+    BATCH,
+    PAGE_TOKENS,
+    QUERY_BLOCK,
+    SCHEDULE,
+    STEP,
+    THREAD,
+)
+from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.kernels.loop import LINE, STOP, loop_unit
+from cyclewise.machine.packing import allocate
+from cyclewise.machine.program import Moment, Program
+
+REPLICATE_UP_TO = 4
+"""Tokens of a batch in which every thread normalizes and quantizes for itself."""
+CLAIMS_PER_THREAD = 8
+"""Into how many claims a thread's share of a moment is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` consecutive tokens of the flat batch from `start`, the first at `position` of a sequence."""
+
+    start: int
+    count: int
+    position: int
+    pages: NDArray[np.int32]
+    """The sequence's page table."""
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity mask, cut by a cgroup quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        try:
+            words = open(path).read().split()
+            if path.endswith("us"):
+                words.append(open("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read())
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if quota > 0:
+            count = min(count, max(1, int(quota / period + 0.5)))
+    return max(1, count)
+
+
+def resolve_threads(num_threads: int | None) -> int:
+    """The number of threads to run: never more than there are CPUs, since that only makes them wait."""
+    if num_threads is not None and num_threads < 1:
+        raise InvalidParameterError(f"threads is {num_threads}; it must be at least 1.")
+    available = available_cpus()
+    return available if num_threads is None else min(num_threads, available)
+
+
+class Machine:
+    """Threads and the records they read. Not for several threads at once: the engine takes turns."""
+
+    def __init__(self, program: Program, num_threads: int) -> None:
+        self.program = program
+        self.num_threads = num_threads
+        self.max_batch_tokens = MAX_BATCH_TOKENS
+        self.page_tokens = PAGE_TOKENS
+        self.num_pages = program.num_pages
+        compiler = host_compiler()
+        compiler.load([*program.units, loop_unit()])
+        self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
+        self._step = callable_at(compiler.address("step"), 3)
+        self._post = callable_at(compiler.address("post"), 3)
+        self._work = callable_at(compiler.address("work"), 3)
+        self._schedules: dict[tuple[int, int, int], tuple[NDArray[np.int64], bool]] = {}
+
+        self._scratch = allocate(num_threads * self._scratch_stride)
+        self._threads = np.zeros((num_threads, len(THREAD)), np.int64)
+        scratch = THREAD.index("scratch")
+        for i in range(num_threads):
+            self._threads[i, scratch] = self._scratch.ctypes.data + i * self._scratch_stride
+        counters = allocate(len(program.moments) * (num_threads + 1) * LINE)
+        self._counters = counters
+        self._token_ids = np.zeros(MAX_BATCH_TOKENS, np.int32)
+        self._positions = np.zeros(MAX_BATCH_TOKENS, np.int32)
+        self._slots = np.zeros(MAX_BATCH_TOKENS, np.int32)
+        self._logit_rows = np.zeros(MAX_BATCH_TOKENS, np.int32)
+        self._blocks = np.zeros((MAX_BATCH_TOKENS, 4), np.int64)
+        self._batch = np.zeros(len(BATCH), np.int64)
+        for name, array in (
+            ("token_ids", self._token_ids),
+            ("positions", self._positions),
+            ("slots", self._slots),
+            ("logit_rows", self._logit_rows),
+            ("query_blocks", self._blocks),
+        ):
+            self._batch[BATCH.index(name)] = array.ctypes.data
+        # The epoch's word, alone on its line, then the helpers that sleep.
+        self._shared = allocate(4096)
+        self._record = self._shared[:1024].view(np.int64)
+        self._sleepers = int(self._shared[2048:].ctypes.data)
+        for name, value in (
+            ("num_moments", len(program.moments)),
+            ("batch", self._batch.ctypes.data),
+            ("counters", counters.ctypes.data),
+            ("num_threads", num_threads),
+            ("threads", self._threads.ctypes.data),
+        ):
+            self._record[STEP.index(name)] = value
+        self._epoch = 0
+        self._helpers = [
+            threading.Thread(target=self._help, args=(i,), name=f"cyclewise-{i}", daemon=True)
+            for i in range(1, num_threads)
+        ]
+        for helper in self._helpers:
+            helper.start()
+
+    @property
+    def _scratch_stride(self) -> int:
+        return -(-self.program.scratch_bytes // 4096) * 4096 + 4096
+
+    def _help(self, index: int) -> None:
+        self._work(self._record.ctypes.data, index, self._sleepers)
+
+    def close(self) -> None:
+        """Ends the helper threads."""
+        if self._helpers:
+            self._post(self._record.ctypes.data, STOP, self._sleepers)
+            for helper in self._helpers:
+                helper.join()
+            self._helpers = []
+
+    def step(
+        self,
+        token_ids: Sequence[int] | NDArray[np.int32],
+        chunks: Sequence[Chunk],
+        logit_rows: Sequence[int],
+    ) -> NDArray[np.float32]:
+        """Runs the program on a batch; float32 (len(logit_rows), vocabulary), a view until the next step.
+
+        Args:
+            token_ids: the flat batch, at most `max_batch_tokens`.
+            chunks: they cover the batch, in order.
+            logit_rows: tokens of the batch, ascending, whose logits are wanted.
+        """
+        num_tokens, num_logits = len(token_ids), len(logit_rows)
+        self._check(token_ids, chunks, logit_rows)
+        self._token_ids[:num_tokens] = token_ids
+        self._logit_rows[:num_logits] = logit_rows
+        num_blocks = self._place(chunks)
+        self._batch[0], self._batch[1] = num_tokens, num_logits
+        schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
+        self._record[STEP.index("schedule")] = schedule.ctypes.data
+        if self.num_threads > 1:
+            stride = self.program.private_bytes if replicated else 0
+            for i in range(1, self.num_threads):
+                self._threads[i, 1] = i * stride
+        self._epoch = (self._epoch + 1) & 0x3FFFFFFF or 1
+        self._step(self._record.ctypes.data, self._epoch, self._sleepers)
+        return self.program.logits[:num_logits, : self.program.vocab_size]
+
+    def _check(
+        self, token_ids: Sequence[int] | NDArray[np.int32], chunks: Sequence[Chunk], logit_rows: Sequence[int]
+    ) -> None:
+        """Kernels trust their arguments: everything that they index by is proved here."""
+        num_tokens = len(token_ids)
+        assert 0 < num_tokens <= MAX_BATCH_TOKENS
+        assert min(token_ids) >= 0 and max(token_ids) < self.program.vocab_size, "token id out of range"
+        covered = 0
+        for chunk in chunks:
+            assert chunk.start == covered and chunk.count > 0 and chunk.position >= 0
+            covered += chunk.count
+            end = chunk.position + chunk.count
+            pages = chunk.pages[: -(-end // PAGE_TOKENS)]
+            assert end <= self.program.context_length and len(pages) * PAGE_TOKENS >= end
+            assert pages.dtype == np.int32 and pages.flags.c_contiguous
+            assert pages.min() >= 0 and pages.max() < self.num_pages, "page out of range"
+        assert covered == num_tokens
+        assert all(0 <= row < num_tokens for row in logit_rows)
+
+    def _place(self, chunks: Sequence[Chunk]) -> int:
+        """Writes positions, cache slots and query blocks; returns the number of blocks."""
+        count = 0
+        for chunk in chunks:
+            pages = chunk.pages
+            if chunk.count == 1:
+                position = chunk.position
+                self._positions[chunk.start] = position
+                page = int(pages[position // PAGE_TOKENS])
+                self._slots[chunk.start] = page * PAGE_TOKENS + position % PAGE_TOKENS
+            else:
+                positions = np.arange(chunk.position, chunk.position + chunk.count, dtype=np.int32)
+                where = slice(chunk.start, chunk.start + chunk.count)
+                self._positions[where] = positions
+                self._slots[where] = pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+            address = pages.ctypes.data
+            for first in range(0, chunk.count, QUERY_BLOCK):
+                size = min(QUERY_BLOCK, chunk.count - first)
+                self._blocks[count] = (chunk.start + first, size, chunk.position + first, address)
+                count += 1
+        return count
+
+    def _schedule(self, num_tokens: int, num_logits: int, num_blocks: int) -> tuple[NDArray[np.int64], bool]:
+        key = (num_tokens, num_logits, num_blocks)
+        found = self._schedules.get(key)
+        if found is None:
+            replicated = num_tokens <= REPLICATE_UP_TO
+            rows = [self._entry(moment, key, replicated) for moment in self.program.moments]
+            found = np.array(rows, np.int64), replicated
+            if len(self._schedules) >= 64:
+                self._schedules.clear()
+            self._schedules[key] = found
+        return found
+
+    def _entry(self, moment: Moment, shape: tuple[int, int, int], replicated: bool) -> list[int]:
+        num_tokens, num_logits, num_blocks = shape
+        tiles = {
+            "tokens": num_tokens,
+            "logits": num_logits,
+            "queries": num_blocks * moment.tiles_per_block,
+        }.get(moment.tiles, moment.tiles)  # type: ignore[call-overload]
+        if moment.of_logits and not num_logits:
+            tiles = 0
+        grain = max(1, tiles // (CLAIMS_PER_THREAD * self.num_threads))
+        values = {
+            "kernel": self._kernels[moment.kernel],
+            "moment": moment.record.ctypes.data,
+            "num_tiles": tiles,
+            "grain": grain,
+            "replicated": int(tiles == 0 or (replicated and moment.replicable)),
+        }
+        return [values[name] for name in SCHEDULE]

@@ -1,0 +1,154 @@
+"""From a file's tensors to packed weights in memory of our own.
+
+`weights/` gives bytes and formats, the pack kernels reorder them into tiles of 16 rows, and `program.py` gets a
+`Matrix`: an address and a shape. Pages of the file that were packed are let go at once, so that the model is in memory
+only once. All cores pack.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.errors import ModelFileError
+from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
+from cyclewise.machine.kernels.compiler import callable_at, host_compiler
+from cyclewise.machine.kernels.pack import pack_unit
+from cyclewise.weights.gguf import GGUFFile, Tensor
+
+_HUGE_PAGE = 2 * 1024 * 1024
+
+
+def allocate(num_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory, aligned to a huge page and asked to be made of them; committed as it is touched."""
+    size = -(-max(num_bytes, 1) // _HUGE_PAGE) * _HUGE_PAGE
+    memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % _HUGE_PAGE
+    return whole[start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A packed weight matrix: `num_tiles` tiles of 16 rows at `address`."""
+
+    name: str
+    format: str
+    num_rows: int
+    num_columns: int
+    address: int
+
+    @property
+    def tile_bytes(self) -> int:
+        return tile_bytes(self.format, self.num_columns)
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-self.num_rows // ROWS)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tile_bytes * self.num_tiles
+
+
+class Weights:
+    """The packed weights of one file; they live as long as this object."""
+
+    def __init__(self, file: GGUFFile, num_threads: int) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._num_threads = num_threads
+        self._memory: list[NDArray[np.float32]] = []
+        total = sum(_packed_bytes(tensor) for tensor in file.tensors.values())
+        self._arena = allocate(total)
+        self._used = 0
+        formats = dict.fromkeys(t.format.name for t in file.tensors.values() if len(t.shape) == 2)
+        self._compiler = host_compiler()
+        self._compiler.load([pack_unit(name) for name in formats])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file.tensors
+
+    def matrix(
+        self, name: str, shape: tuple[int, int], row_order: NDArray[np.int32] | None = None
+    ) -> Matrix:
+        """Packs a two-dimensional tensor of (rows, columns); packed row i is row `row_order[i]` of the file."""
+        tensor = self._tensor(name, shape)
+        rows, columns = shape
+        source = self._file.data(name)
+        order = np.arange(rows, dtype=np.int32) if row_order is None else row_order
+        assert sorted(order) == list(range(rows)) if row_order is not None else True
+        matrix = Matrix(
+            name, tensor.format.name, rows, columns, self._arena.ctypes.data + self._used
+        )
+        self._used += -(-matrix.num_bytes // 64) * 64
+        assert self._used <= self._arena.nbytes
+        pack = callable_at(self._compiler.address(f"pack_{matrix.format}"), 8)
+        row_bytes = tensor.nbytes // rows
+        bounds = np.linspace(0, matrix.num_tiles, self._num_threads + 1).astype(int)
+
+        def run(first: int, last: int) -> None:
+            pack(
+                source.ctypes.data, row_bytes, order.ctypes.data, rows, columns, matrix.address,
+                first, last,
+            )  # fmt: skip
+
+        list(self._pool.map(run, bounds[:-1].tolist(), bounds[1:].tolist()))
+        del source
+        self._file.release(name)
+        return matrix
+
+    def vector(
+        self, name: str, length: int, row_order: NDArray[np.int32] | None = None
+    ) -> NDArray[np.float32]:
+        """A one-dimensional tensor as float32, zero-padded to a multiple of 16."""
+        tensor = self._tensor(name, (length,))
+        data = self._file.data(name)
+        match tensor.format.name:
+            case "F32":
+                values = data.view(np.float32)
+            case "F16":
+                values = data.view(np.float16).astype(np.float32)
+            case "BF16":
+                values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            case other:
+                raise ModelFileError(
+                    f"{self._file.path}: tensor {name} is {other}; a vector must be F32, F16 or BF16."
+                )
+        padded = np.zeros(-(-length // 16) * 16, np.float32)
+        padded[:length] = values if row_order is None else values[row_order]
+        return self.keep(padded)
+
+    def keep(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Keeps an array alive whose address a moment holds."""
+        self._memory.append(array)
+        return array
+
+    def close(self) -> None:
+        """Ends the packing threads; the packed weights stay."""
+        self._pool.shutdown()
+
+    def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        tensor = self._file.tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(f"{self._file.path}: tensor {name} is missing.")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ModelFileError(
+                f"{self._file.path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}."
+            )
+        return tensor
+
+
+def _packed_bytes(tensor: Tensor) -> int:
+    if len(tensor.shape) != 2:
+        return 0
+    rows, columns = tensor.shape
+    size = tile_bytes(tensor.format.name, columns) * -(-rows // ROWS)
+    return -(-size // 64) * 64

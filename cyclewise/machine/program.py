@@ -1,0 +1,348 @@
+"""A program: the ordered list of a model's moments, and the memory they work in.
+
+A file in `models/` writes a program with a `Builder`; the machine executes it. Here and nowhere else are addresses made:
+a moment's record (`kernels/layout.py`) is filled from matrices and buffers whose shapes are checked against each other,
+and `machine.py` checks a batch against the program before a kernel sees it.
+
+Buffers, float32 unless said otherwise, one row a token:
+
+    hidden     (tokens, hidden)               the residual stream
+    normed     (tokens, widest input)         a norm's output                        } private to a thread
+    quantized  (tokens, groups, 48 bytes)     int8 activations (`kernels/dot.py`)    } in a small batch
+    qkv        (tokens, heads + 2 kv_heads, head_dim)
+    attended   (tokens, heads, head_dim)
+    gated      (tokens, feed-forward)
+    logits     (logit rows, vocabulary)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.errors import UnsupportedModelError
+from cyclewise.machine.kernels import attention, linear, matmul, rows
+from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
+from cyclewise.machine.kernels.compiler import Unit, host_compiler
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
+from cyclewise.machine.kernels.layout import (
+    ATTENTION,
+    EMBED,
+    GATED,
+    LINEAR,
+    LINEAR_PART,
+    NORM,
+    PAGE_TOKENS,
+    QUANTIZE,
+    ROPE,
+)
+from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.packing import Matrix, allocate
+
+MomentClass = Literal["matmul", "activation", "memory"]
+Tiles = Literal["tokens", "logits", "queries"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The smallest step of inference that stands on its own."""
+
+    name: str
+    """Stable: `layers.12.ffn.down`."""
+    kind: MomentClass
+    kernel: str
+    """The exported kernel that computes it."""
+    record: NDArray[np.int64]
+    """The kernel's record."""
+    tiles: Tiles | int
+    """What its tiles are: one a token, a row of logits or a query block and key-value head, or a fixed number."""
+    tiles_per_block: int = 1
+    """Tiles of a query block."""
+    replicable: bool = False
+    """In a small batch every thread computes it for itself."""
+    weight_bytes: int = 0
+    """Bytes of weights it streams."""
+    of_logits: bool = False
+    """It is left out of a batch that wants no logits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Moments and what a machine must know to run them. Made by a `Builder`."""
+
+    moments: tuple[Moment, ...]
+    units: tuple[Unit, ...]
+    vocab_size: int
+    context_length: int
+    num_pages: int
+    page_bytes: int
+    kv_bytes_per_token: int
+    logits: NDArray[np.float32]
+    """(MAX_BATCH_TOKENS, padded vocabulary)."""
+    private_bytes: int
+    """From one thread's private buffers to the next's."""
+    scratch_bytes: int
+    """What a thread's kernels need at most."""
+    memory: tuple[object, ...] = field(repr=False)
+    """Whatever the records point to."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a token of decode streams."""
+        return sum(moment.weight_bytes for moment in self.moments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    address: int
+    stride: int
+    """Bytes of a row."""
+    width: int
+    private: bool = False
+
+
+class Builder:
+    """Writes a program. `num_threads` private copies of the small buffers are provided for."""
+
+    def __init__(
+        self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, num_layers: int,
+        feed_forward: int, vocab_size: int, context_length: int, num_threads: int, epsilon: float,
+    ) -> None:  # fmt: skip
+        self._moments: list[Moment] = []
+        self._units: dict[str, Unit] = {
+            unit.name: unit
+            for unit in (rows.rows_unit(), linear.linear_unit(), attention.attention_unit())
+        }
+        self._memory: list[object] = []
+        self._epsilon = epsilon
+        self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._padded_head_dim = -(-head_dim // ROWS) * ROWS
+        self._vocab_size, self._context = vocab_size, context_length
+        widest = max(hidden_size, num_heads * head_dim, feed_forward)
+        self._hidden = self._buffer(hidden_size)
+        self._qkv = self._buffer((num_heads + 2 * num_kv_heads) * head_dim)
+        self._attended = self._buffer(num_heads * head_dim)
+        self._gated = self._buffer(feed_forward)
+        self._logits = self._buffer(vocab_size)
+        normed_stride = -(-hidden_size // ROWS) * ROWS * 4
+        quantized_stride = -(-widest // GROUP) * ACTIVATION_GROUP
+        self._private_bytes = MAX_BATCH_TOKENS * (normed_stride + quantized_stride)
+        private = self._allocate(self._private_bytes * num_threads)
+        self._normed = _Buffer(private, normed_stride, hidden_size, True)
+        at = private + MAX_BATCH_TOKENS * normed_stride
+        self._quantized = _Buffer(at, quantized_stride, widest, True)
+        # One page of the cache: every layer's keys, then its values.
+        self._key_bytes = num_kv_heads * head_dim * PAGE_TOKENS * 2
+        self._value_bytes = num_kv_heads * self._padded_head_dim * PAGE_TOKENS * 2
+        self._page_bytes = num_layers * (self._key_bytes + self._value_bytes)
+        self._num_pages = -(-context_length // PAGE_TOKENS)
+        self._cache = self._allocate(self._page_bytes * self._num_pages)
+
+    # Buffers
+
+    def _allocate(self, num_bytes: int) -> int:
+        memory = allocate(num_bytes)
+        self._memory.append(memory)
+        return int(memory.ctypes.data)
+
+    def _buffer(self, width: int) -> _Buffer:
+        stride = -(-width // ROWS) * ROWS * 4
+        return _Buffer(self._allocate(stride * MAX_BATCH_TOKENS), stride, width)
+
+    def _pointer(self, array: NDArray[np.generic] | None) -> int:
+        if array is None:
+            return 0
+        self._memory.append(array)
+        return int(array.ctypes.data)
+
+    def _add(
+        self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...], values: dict[str, int],
+        tiles: Tiles | int, *, tail: Sequence[int] = (), tiles_per_block: int = 1,
+        replicable: bool = False, weight_bytes: int = 0, of_logits: bool = False,
+    ) -> None:  # fmt: skip
+        assert values.keys() == set(fields), values.keys() ^ set(fields)
+        record = np.array([*(values[field_] for field_ in fields), *tail], np.int64)
+        self._moments.append(
+            Moment(
+                name, kind, kernel, record, tiles, tiles_per_block, replicable, weight_bytes, of_logits
+            )
+        )
+
+    def _kernel(self, matrix: Matrix, prefix: str) -> int:
+        """The address of a matrix kernel of the matrix's format."""
+        unit = matmul.matmul_unit(matrix.format)
+        if unit.name not in self._units:
+            self._units[unit.name] = unit
+        host_compiler().load([self._units[unit.name]])
+        return host_compiler().address(f"{prefix}_{matrix.format}")
+
+    # Moments
+
+    def embed(self, name: str, table: Matrix) -> None:
+        """hidden = table[token ids]"""
+        assert table.num_rows == self._vocab_size and table.num_columns == self._hidden.width
+        values = {
+            "row_kernel": self._kernel(table, "row"), "table": table.address,
+            "tile_bytes": table.tile_bytes, "columns": table.num_columns,
+            "out": self._hidden.address, "out_stride": self._hidden.stride,
+        }  # fmt: skip
+        self._add(name, "memory", "embed", EMBED, values, "tokens")
+
+    def norm(self, name: str, weight: NDArray[np.float32], *, of_logits: bool = False) -> None:
+        """normed = RMSNorm(hidden) * weight, of all tokens or of those that need logits."""
+        width = self._hidden.width
+        assert weight.size == self._hidden.stride // 4
+        values = {
+            "x": self._hidden.address, "x_stride": self._hidden.stride,
+            "weight": self._pointer(weight), "width": width, "padded_width": weight.size,
+            "epsilon": int(np.float32(self._epsilon).view(np.int32)),
+            "out": self._normed.address, "out_stride": self._normed.stride,
+            "of_logits": int(of_logits), "out_private": 1,
+        }  # fmt: skip
+        tiles: Tiles = "logits" if of_logits else "tokens"
+        self._add(name, "activation", "norm", NORM, values, tiles, replicable=True, of_logits=of_logits)
+
+    def qkv(
+        self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None]
+    ) -> None:
+        """qkv = matrices . normed + biases"""
+        assert sum(matrix.num_rows for matrix in matrices) == self._qkv.width
+        self._linear(name, matrices, biases, self._normed, self._qkv)
+
+    def project(self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None) -> None:
+        """hidden += matrix . attended + bias"""
+        self._linear(name, [matrix], [bias], self._attended, self._hidden, add=True)
+
+    def down(self, name: str, matrix: Matrix) -> None:
+        """hidden += matrix . gated"""
+        self._linear(name, [matrix], [None], self._gated, self._hidden, add=True)
+
+    def output(self, name: str, matrix: Matrix) -> None:
+        """logits = matrix . normed, of the tokens that need logits"""
+        self._linear(name, [matrix], [None], self._normed, self._logits, of_logits=True)
+
+    def gated(self, name: str, gate: Matrix, up: Matrix) -> None:
+        """gated = silu(gate . normed) * (up . normed)"""
+        assert gate.num_rows == up.num_rows == self._gated.width
+        source = self._input(name, [gate, up], self._normed)
+        values = {
+            "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
+            "columns": gate.num_columns, "out": self._gated.address, "out_stride": self._gated.stride,
+            "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address, "gate_tile_bytes": gate.tile_bytes,
+            "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.tile_bytes,
+        }  # fmt: skip
+        weight_bytes = gate.num_bytes + up.num_bytes
+        self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, weight_bytes=weight_bytes)
+
+    def rope(self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]) -> None:
+        """Rotates queries and keys of `qkv`; writes keys and values to the cache.
+
+        `cosines`, `sines`: (context, rope_dim / 2).
+        """
+        assert cosines.shape == sines.shape and cosines.shape[0] == self._context
+        keys, cache_values = self._layer_cache(layer)
+        values = {
+            "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
+            "num_heads": self._heads, "num_kv_heads": self._kv_heads,
+            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
+            "rope_dim": 2 * cosines.shape[1], "cosines": self._pointer(cosines), "sines": self._pointer(sines),
+            "scale": int(np.float32(self._head_dim**-0.5).view(np.int32)),
+            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+        }  # fmt: skip
+        self._add(name, "memory", "rope", ROPE, values, "tokens")
+
+    def attention(self, name: str, layer: int) -> None:
+        """attended = softmax(queries . keys) . values, causal"""
+        keys, cache_values = self._layer_cache(layer)
+        values = {
+            "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
+            "num_heads": self._heads, "num_kv_heads": self._kv_heads,
+            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
+            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+            "out": self._attended.address, "out_stride": self._attended.stride,
+        }  # fmt: skip
+        self._add(
+            name, "activation", "attention", ATTENTION, values, "queries", tiles_per_block=self._kv_heads
+        )
+
+    def _layer_cache(self, layer: int) -> tuple[int, int]:
+        keys = self._cache + layer * (self._key_bytes + self._value_bytes)
+        return keys, keys + self._key_bytes
+
+    def _input(
+        self, name: str, matrices: Sequence[Matrix], source: _Buffer, of_logits: bool = False
+    ) -> _Buffer:
+        """The buffer that the matrices read: `source`, or its quantized form, which a moment of its own makes."""
+        floats = {matrix.format in FLOAT_FORMATS for matrix in matrices}
+        columns = {matrix.num_columns for matrix in matrices}
+        assert columns == {source.width}, (name, columns, source.width)
+        if len(floats) > 1:
+            raise UnsupportedModelError(
+                f"{name}: its matrices are partly float and partly quantized, which Cyclewise cannot multiply in one moment."
+            )
+        if floats == {True}:
+            return source
+        values = {
+            "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
+            "columns": source.width, "out": self._quantized.address,
+            "out_stride": self._quantized.stride, "out_private": 1,
+        }  # fmt: skip
+        tiles: Tiles = "logits" if of_logits else "tokens"
+        self._add(f"{name}.quantize", "activation", "quantize", QUANTIZE, values, tiles, replicable=True, of_logits=of_logits)
+        return self._quantized
+
+    def _linear(
+        self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None],
+        source: _Buffer, out: _Buffer, *, add: bool = False, of_logits: bool = False,
+    ) -> None:  # fmt: skip
+        x = self._input(name, matrices, source, of_logits)
+        tail: list[int] = []
+        offset = 0
+        for matrix, bias in zip(matrices, biases, strict=True):
+            assert bias is None or bias.size >= matrix.num_rows
+            part = {
+                "tile_kernel": self._kernel(matrix, "tile"), "weights": matrix.address,
+                "tile_bytes": matrix.tile_bytes, "num_tiles": matrix.num_tiles,
+                "out_offset": offset * 4, "bias": self._pointer(bias),
+            }  # fmt: skip
+            tail += [part[field_] for field_ in LINEAR_PART]
+            offset += matrix.num_rows
+            if matrix.num_rows % ROWS and matrix is not matrices[-1]:
+                raise UnsupportedModelError(
+                    f"{matrix.name}: {matrix.num_rows} rows; Cyclewise needs a multiple of {ROWS} here."
+                )
+        assert offset == out.width
+        values = {
+            "x": x.address, "x_stride": x.stride, "x_private": int(x.private),
+            "columns": source.width, "out": out.address, "out_stride": out.stride,
+            "add_to_out": int(add), "of_logits": int(of_logits), "num_parts": len(matrices),
+        }  # fmt: skip
+        self._add(
+            name, "matmul", "linear", LINEAR, values, sum(matrix.num_tiles for matrix in matrices),
+            tail=tail, weight_bytes=sum(matrix.num_bytes for matrix in matrices), of_logits=of_logits,
+        )  # fmt: skip
+
+    def build(self, *keep_alive: object) -> Program:
+        host_compiler().load(self._units.values())
+        logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)
+        assert isinstance(logits, np.ndarray)
+        stride = self._logits.stride // 4
+        table = logits.view(np.float32)[: MAX_BATCH_TOKENS * stride].reshape(-1, stride)
+        group = self._heads // self._kv_heads
+        scratch = max(
+            2 * linear.SUMS_BYTES + matmul.SCRATCH_BYTES,
+            attention.scratch_bytes(group, self._padded_head_dim),
+        )
+        return Program(
+            tuple(self._moments), tuple(self._units.values()), self._vocab_size, self._context,
+            self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
+            self._private_bytes, scratch, (*self._memory, *keep_alive),
+        )  # fmt: skip
+
+
+def _address(memory: object) -> int:
+    return int(memory.ctypes.data) if isinstance(memory, np.ndarray) else 0

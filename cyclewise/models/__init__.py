@@ -1,0 +1,85 @@
+"""Models: a file becomes a configuration, packed weights and a program.
+
+`load_model` is called by `llm.py`; one short file an architecture writes the list of moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cyclewise.errors import ModelFileError, UnsupportedModelError
+from cyclewise.models.config import Config, read_config
+
+ARCHITECTURES = ("llama", "qwen2")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model ready to run."""
+
+    path: Path
+    config: Config
+    metadata: dict[str, Any]
+    """The file's metadata; its token tables make the tokenizer."""
+    machine: Any
+    format_bytes: dict[str, int]
+    """Bytes of the file's tensors by block format."""
+
+    @property
+    def program(self) -> Any:
+        return self.machine.program
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that a token of decode streams."""
+        return int(self.program.weight_bytes)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a token adds to the KV cache."""
+        return int(self.program.kv_bytes_per_token)
+
+    def close(self) -> None:
+        self.machine.close()
+
+
+def load_model(path: Path | str, *, context: int | None = None, threads: int | None = None) -> Model:
+    """Reads a GGUF file, packs its weights and starts the machine.
+
+    Args:
+        path: a GGUF file.
+        context: tokens that a sequence may hold; the model's own, at most 4,096, if None.
+        threads: threads to run; one for each CPU that the process may use if None, never more.
+
+    Raises:
+        ModelFileError: the file is damaged or lacks something.
+        UnsupportedModelError: its architecture or a format is not known here.
+    """
+    from cyclewise.machine.machine import Machine, available_cpus, resolve_threads
+    from cyclewise.machine.packing import Weights
+    from cyclewise.models import llama, qwen2
+    from cyclewise.weights.gguf import GGUFFile
+
+    num_threads = resolve_threads(threads)
+    with GGUFFile(path) as file:
+        architecture = file.metadata.get("general.architecture")
+        if architecture not in ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}."
+            )
+        table = file.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
+        config = read_config(file.metadata, architecture, table.shape[0], context)
+        weights = Weights(file, available_cpus())
+        try:
+            build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]
+            program = build(config, weights, num_threads)
+        finally:
+            weights.close()
+        formats: dict[str, int] = {}
+        for tensor in file.tensors.values():
+            formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes
+        return Model(Path(path), config, file.metadata, Machine(program, num_threads), formats)
