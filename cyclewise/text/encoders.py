@@ -1,0 +1,235 @@
+"""Plain text to token ids: the three algorithms behind `Tokenizer`.
+
+In: text in which no special token is left to find. Out: ids, none of them a control token, since
+control tokens are taken out of the tables that text is looked up in. `text/tokenizer.py` makes one
+encoder by `make_encoder` and calls it for each stretch of text between special tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+from cyclewise.errors import ModelFileError
+from cyclewise.text.pretokenizers import keeps_whole_words, patterns_of
+from cyclewise.text.vocabulary import TokenType, Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPACE = "▁"
+"""U+2581, which stands for a space in SentencePiece vocabularies."""
+
+Encode = Callable[[str], list[int]]
+
+_CACHED_WORDS = 1 << 14
+_CACHED_WORD_LENGTH = 64
+
+
+def make_encoder(vocabulary: Vocabulary) -> Encode:
+    """The function that turns plain text into ids for this vocabulary.
+
+    Raises `ModelFileError` where merges or the normalizer are damaged, `UnsupportedModelError`
+    for an unknown pre-tokenizer.
+    """
+    if vocabulary.kind == "gpt2":
+        return _byte_level_bpe(vocabulary)
+    if vocabulary.kind == "llama":
+        return SentencePieceEncoder(vocabulary).encode
+    return _unigram(vocabulary)
+
+
+def _plain_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """Text to id without control and unknown tokens, which no plain text may become."""
+    ids = dict(vocabulary.ids)
+    for index in vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN):
+        del ids[vocabulary.tokens[index]]
+    return ids
+
+
+def _byte_level_bpe(vocabulary: Vocabulary) -> Encode:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    patterns = patterns_of(vocabulary.pre)
+    ids = _plain_ids(vocabulary)
+    merges = vocabulary.merges
+    if len(set(merges)) != len(merges):  # the first of two alike counts; the library keeps the last
+        merges = list(dict.fromkeys(merges))
+    pairs = [(left, right) for left, _, right in map(_partition_at_space, merges)]
+    whole_words = keeps_whole_words(vocabulary.pre)
+    try:
+        model = models.BPE(ids, pairs, ignore_merges=whole_words)
+    except Exception:  # what the library raises is not documented; only a bad merge is possible
+        model = models.BPE(ids, _sound_merges(vocabulary, ids, pairs), ignore_merges=whole_words)
+    tokenizer = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    return _library_encoder(tokenizer)
+
+
+def _partition_at_space(merge: str) -> tuple[str, str, str]:
+    return merge.partition(" ")
+
+
+def _sound_merges(
+    vocabulary: Vocabulary, ids: dict[str, int], pairs: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The merges without those that meet a control token; any other unknown part is an error."""
+    sound = []
+    for left, right in pairs:
+        parts = (left, right, left + right)
+        missing = next((part for part in parts if part not in ids), None)
+        if missing is None:
+            sound.append((left, right))
+        elif missing not in vocabulary.ids:
+            raise ModelFileError(
+                f"the model file is damaged: the merge {left[:50]!r} + {right[:50]!r} needs "
+                f"{missing[:100]!r}, which is not in the vocabulary"
+            )
+    return sound
+
+
+def _library_encoder(tokenizer: tokenizers.Tokenizer) -> Encode:
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return encode
+
+
+class SentencePieceEncoder:
+    """SentencePiece BPE: the best-scoring pair of neighbours is merged until none is left.
+
+    The tokenizers library needs merges, which such files do not have, and breaks ties of score by
+    another rule; so this is llama.cpp's own algorithm (`llm_tokenizer_spm`): of two pairs with one
+    score the left one goes first, and a character in no token becomes its UTF-8 bytes. No token
+    spans most word borders, so text is cut there first and words are remembered.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        assert vocabulary.scores is not None
+        self._ids = _plain_ids(vocabulary)
+        byte_ids = [vocabulary.ids.get(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_ids = [vocabulary.unknown_id if i is None else i for i in byte_ids]
+        for index in vocabulary.ids_of(TokenType.BYTE):  # "<0x0A>" is text like any other
+            self._ids.pop(vocabulary.tokens[index], None)
+        self._costs = (-vocabulary.scores).tolist()
+        # A cut between x and ▁ loses nothing unless some token holds the two side by side.
+        joined = "\n".join(self._ids)
+        glued = re.escape("".join(sorted(set(re.findall(f"([^{SPACE}\n]){SPACE}", joined)))))
+        newline = "\n" if any(f"\n{SPACE}" in t for t in self._ids if "\n" in t) else ""
+        self._cut = re.compile(f"(?<=[^{SPACE}{newline}{glued}])(?={SPACE})")
+        self._remembered = lru_cache(_CACHED_WORDS)(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; spaces may be spaces or U+2581."""
+        ids: list[int] = []
+        for word in self._cut.split(text.replace(" ", SPACE)):
+            ids += (self._remembered if len(word) <= _CACHED_WORD_LENGTH else self._merge)(word)
+        return ids
+
+    def _merge(self, word: str) -> tuple[int, ...]:
+        """Ids of a word; a heap of candidate pairs, O(n log n)."""
+        token_ids, costs = self._ids, self._costs
+        pieces = list(word)  # an absorbed piece becomes ""
+        before = list(range(-1, len(pieces) - 1))
+        after = [*range(1, len(pieces)), -1]
+        # (cost, left, right, length of both): the least cost first, then the leftmost.
+        heap = []
+        for left in range(len(pieces) - 1):
+            token_id = token_ids.get(pieces[left] + pieces[left + 1])
+            if token_id is not None:
+                heap.append((costs[token_id], left, left + 1, 2))
+        heapify(heap)
+        while heap:
+            _, left, right, length = heappop(heap)
+            both = pieces[left] + pieces[right]
+            if not pieces[left] or not pieces[right] or len(both) != length:
+                continue  # one of the two has been merged with another since
+            pieces[left], pieces[right] = both, ""
+            follower = after[left] = after[right]
+            if follower >= 0:
+                before[follower] = left
+                token_id = token_ids.get(both + pieces[follower])
+                if token_id is not None:
+                    merged_length = length + len(pieces[follower])
+                    heappush(heap, (costs[token_id], left, follower, merged_length))
+            leader = before[left]
+            if leader >= 0:
+                token_id = token_ids.get(pieces[leader] + both)
+                if token_id is not None:
+                    merged_length = length + len(pieces[leader])
+                    heappush(heap, (costs[token_id], leader, left, merged_length))
+        ids: list[int] = []
+        for piece in filter(None, pieces):
+            token_id = token_ids.get(piece)
+            if token_id is not None:
+                ids.append(token_id)
+            else:  # a single character: longer pieces come from the table
+                fallback = (self._byte_ids[byte] for byte in piece.encode())
+                ids += [byte_id for byte_id in fallback if byte_id is not None]
+        return tuple(ids)
+
+
+_UNREACHABLE = "\U0010ffff"
+"""A noncharacter: names the library's entries for tokens that no text may reach."""
+
+
+def _unigram(vocabulary: Vocabulary) -> Encode:
+    """SentencePiece unigram: the likeliest cut into tokens, by Viterbi in the library.
+
+    User-defined tokens score 0, and what no text may become is put under a name that no text has.
+    """
+    import numpy as np
+    from tokenizers import Tokenizer, models, normalizers
+
+    assert vocabulary.scores is not None
+    types, scores = vocabulary.types, vocabulary.scores.astype(np.float64)
+    normal = types == TokenType.NORMAL
+    least = float(scores[normal].min()) if normal.any() else 0.0
+    scores[types == TokenType.USER_DEFINED] = 0.0
+    hidden = ~np.isin(types, (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED))
+    scores[hidden] = least
+    names = list(vocabulary.tokens)
+    for index in np.flatnonzero(hidden).tolist():
+        names[index] = f"{_UNREACHABLE}{index}"
+    unknown_id = vocabulary.unknown_id
+    if unknown_id is None:
+        raise ModelFileError("the model file is damaged: its unigram vocabulary has no unknown id")
+    try:
+        model = models.Unigram(list(zip(names, scores.tolist(), strict=True)), unknown_id, False)
+        charsmap = normalizers.Precompiled(vocabulary.charsmap) if vocabulary.charsmap else None
+    except Exception as error:
+        raise ModelFileError(f"the model file's unigram vocabulary is damaged: {error}") from None
+    encode_normalized = _library_encoder(Tokenizer(model))
+
+    def encode(text: str) -> list[int]:
+        text = text.replace(_UNREACHABLE, "\ufffd")
+        if charsmap is not None:
+            text = _normalize(charsmap, text)
+        return encode_normalized(_escape_spaces(text, vocabulary))
+
+    return encode
+
+
+def _normalize(charsmap: Any, text: str) -> str:
+    try:
+        return str(charsmap.normalize_str(text))
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # the library's panic on a damaged table
+            raise
+        raise ModelFileError(
+            "the model file is damaged: tokenizer.ggml.precompiled_charsmap points outside itself"
+        ) from None
+
+
+def _escape_spaces(text: str, vocabulary: Vocabulary) -> str:
+    if vocabulary.merge_spaces:
+        return "".join(SPACE + word for word in text.split(" ") if word)
+    if vocabulary.add_space_prefix:
+        words = text.lstrip(" ")
+        text = text[: len(text) - len(words)] + (" " + words if words else "")
+    return text.replace(" ", SPACE)
