@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cyclewise.engine.kvcache import PagePool, Sequence
-from cyclewise.engine.request import Batch, Chunk, Model
+from cyclewise.engine.request import Batch, Model
 from cyclewise.errors import InvalidParameterError
+from cyclewise.machine.machine import Chunk
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -48,30 +49,22 @@ class Request:
 def schedule(requests: list[Request], max_tokens: int) -> Batch:
     """Fill one step with tokens of the requests, first come, first served."""
     token_ids: list[npt.NDArray[np.int32]] = []
-    positions: list[npt.NDArray[np.int32]] = []
     chunks: list[Chunk] = []
-    logit_rows: list[npt.NDArray[np.int32]] = []
+    logit_rows: list[int] = []
     start = 0
     for request in requests:
         count = min(request.num_left, max_tokens - start)
         if count == 0:
             continue
-        first, position = request.num_done, len(request.sequence)
+        first = request.num_done
         token_ids.append(request.token_ids[first : first + count])
-        positions.append(np.arange(position, position + count, dtype=np.int32))
-        chunks.append(Chunk(start, count, position, request.sequence.pages))
+        chunks.append(Chunk(start, count, len(request.sequence), request.sequence.pages))
         if request.logits == "all":
-            logit_rows.append(np.arange(start, start + count, dtype=np.int32))
+            logit_rows.extend(range(start, start + count))
         elif request.logits == "last" and count == request.num_left:
-            logit_rows.append(np.array([start + count - 1], dtype=np.int32))
+            logit_rows.append(start + count - 1)
         start += count
-    return Batch(_join(token_ids), _join(positions), chunks, _join(logit_rows))
-
-
-def _join(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
-    if len(parts) == 1:  # every decode step of one sequence
-        return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+    return Batch(np.concatenate(token_ids), chunks, logit_rows)
 
 
 class Engine:
@@ -120,7 +113,7 @@ class Engine:
 
     def run(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Run one step; the logits (logit_rows, vocab_size) are valid until the next one."""
-        return self.machine.step(batch.token_ids, batch.positions, batch.chunks, batch.logit_rows)
+        return self.machine.step(batch.token_ids, batch.chunks, batch.logit_rows)
 
     def _check(self, token_ids: SequenceOf[int]) -> npt.NDArray[np.int32]:
         ids = np.asarray(token_ids, dtype=np.int64)

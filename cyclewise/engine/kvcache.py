@@ -66,14 +66,14 @@ class Sequence:
         if num_tokens > self._context:
             raise ContextLengthError(
                 f"{num_tokens} tokens do not fit into the context of {self._context}: shorten the "
-                f"prompt, or load the model with a larger context"
+                f"prompt, or load the model with a larger `context`"
             )
         missing = -(-num_tokens // self._pool.page_tokens) - self._num_pages
         if missing > self._pool.num_free:
             raise CyclewiseError(
                 f"the KV cache is full: {missing} more pages are needed and "
                 f"{self._pool.num_free} of {self._pool.num_pages} are free; free a sequence, or "
-                f"load the model with a larger context"
+                f"load the model with a larger `context`"
             )
         for _ in range(missing):
             self._pages[self._num_pages] = self._pool.take()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from cyclewise.machine.machine import Chunk
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -102,23 +104,12 @@ def check_integer(name: str, value: object, low: int, high: int, note: str) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence inside a flat batch."""
-
-    start: int  # index of the first of them in the batch
-    count: int
-    position: int  # of the first of them in its sequence
-    pages: npt.NDArray[np.int32]  # the sequence's page table, covering position + count tokens
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """What the machine is given for one step: a flat list of tokens from any sequences."""
 
     token_ids: npt.NDArray[np.int32]  # (tokens,)
-    positions: npt.NDArray[np.int32]  # (tokens,)
-    chunks: list[Chunk]
-    logit_rows: npt.NDArray[np.int32]  # indices of the tokens whose logits are wanted
+    chunks: list[Chunk]  # whose tokens they are; they cover the batch in order
+    logit_rows: list[int]  # indices of the tokens whose logits are wanted, rising
 
 
 class Machine(Protocol):
@@ -139,9 +130,8 @@ class Machine(Protocol):
     def step(
         self,
         token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        sequences: list[Chunk],
-        logit_rows: npt.NDArray[np.int32],
+        chunks: Sequence[Chunk],
+        logit_rows: Sequence[int],
     ) -> npt.NDArray[np.float32]:
         """Run the program for a batch; return a view (logit_rows, vocab_size), valid until the
         next step."""

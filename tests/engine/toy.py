@@ -55,32 +55,27 @@ class ToyMachine:
         self.before_step: Callable[[], None] = lambda: None
         self._out = np.empty((max_batch_tokens, VOCAB_SIZE), dtype=np.float32)
 
-    def step(self, token_ids, positions, sequences, logit_rows):
+    def step(self, token_ids, chunks, logit_rows):
         self.before_step()
-        assert token_ids.dtype == positions.dtype == logit_rows.dtype == np.int32
+        assert token_ids.dtype == np.int32
         assert 1 <= len(token_ids) <= self.max_batch_tokens
-        assert len(positions) == len(token_ids)
-        assert sum(chunk.count for chunk in sequences) == len(token_ids)
+        assert sum(chunk.count for chunk in chunks) == len(token_ids)
+        assert logit_rows == sorted(set(logit_rows))
         self.steps.append(len(token_ids))
-        rows = {}
-        start = 0
-        for chunk in sequences:
-            assert chunk.start == start
-            start += chunk.count
+        before = []  # of each token of the batch: the tokens of its sequence up to it
+        for chunk in chunks:
+            assert chunk.start == len(before)
             end = chunk.position + chunk.count
             assert chunk.pages.dtype == np.int32
             assert len(chunk.pages) * self.page_tokens >= end
             for i in range(chunk.count):
-                position = chunk.position + i
-                assert positions[chunk.start + i] == position
-                page = chunk.pages[position // self.page_tokens]
-                self.kv[page, position % self.page_tokens] = token_ids[chunk.start + i]
+                page, slot = divmod(chunk.position + i, self.page_tokens)
+                self.kv[chunk.pages[page], slot] = token_ids[chunk.start + i]
             tokens = self.kv[chunk.pages].reshape(-1)[:end].tolist()
             assert min(tokens) >= 0
-            for i in range(chunk.count):
-                rows[chunk.start + i] = tokens[: chunk.position + i + 1]
+            before += [tokens[: chunk.position + i + 1] for i in range(chunk.count)]
         for out, row in enumerate(logit_rows):
-            self._out[out] = self.logits(rows[int(row)])
+            self._out[out] = self.logits(before[row])
         return self._out[: len(logit_rows)]
 
 
@@ -126,6 +121,7 @@ class ToyTokenizer:
     stop_ids: frozenset[int] = frozenset({END})
     add_bos: bool = True
     vocab_size: int = VOCAB_SIZE
+    control_tokens: tuple[str, ...] = ()
     encoded: list[str] = field(default_factory=list)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False):
@@ -144,7 +140,8 @@ class ToyTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-    def stream(self) -> ToyDetokenizer:
+    def stream(self, prompt_ids: list[int]) -> ToyDetokenizer:
+        assert prompt_ids
         return ToyDetokenizer()
 
 
