@@ -8,7 +8,7 @@ calls: of a prompt that begins like the last one, only the rest is evaluated.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -52,6 +52,10 @@ class Piece:
 
     text: str
     result: Result | None = None
+
+
+Stream = Generator[Piece, None, None]
+"""The pieces of an answer as they come. `close()` ends it early."""
 
 
 class LLM:
@@ -102,7 +106,13 @@ class LLM:
     @property
     def has_chat_template(self) -> bool:
         """Whether the model's file says how a chat is written down: `chat` needs it."""
-        return bool(self.model.metadata.get("tokenizer.chat_template"))
+        if "tokenizer.chat_template" in self.model.metadata:
+            return True
+        try:
+            self._chat_template()
+        except TemplateError:
+            return False
+        return True
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Result:
         """Continue a text.
@@ -113,7 +123,7 @@ class LLM:
         """
         return _last(self.stream(prompt, params))
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[Piece]:
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Stream:
         """Continue a text as `generate` does, and yield it piece by piece.
 
         Mistakes are raised by this call, not by the first piece.
@@ -146,14 +156,14 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         stream: Literal[True],
-    ) -> Iterator[Piece]: ...
+    ) -> Stream: ...
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         stream: bool = False,
-    ) -> Result | Iterator[Piece]:
+    ) -> Result | Stream:
         """Answer a chat, written down with the model's own template.
 
         messages  [{"role": "user", "content": "Hello"}, ...], the whole chat so far; of what was
@@ -201,32 +211,20 @@ class LLM:
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:
-            metadata = self.model.metadata
-            if not self.has_chat_template:
-                raise TemplateError(
-                    "this model's file has no chat template: continue a text with generate() "
-                    "instead (on the command line: cyclewise run --raw)"
-                )
             from cyclewise.text.chat import ChatTemplate
 
-            tokens = metadata["tokenizer.ggml.tokens"]
-            bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-            self._template = ChatTemplate(
-                metadata["tokenizer.chat_template"],
-                bos_token="" if bos is None else tokens[bos],
-                eos_token="" if eos is None else tokens[eos],
-            )
+            self._template = ChatTemplate.for_model(self.model.metadata, self.tokenizer)
         return self._template
 
-    def _begin(self, prompt_ids: list[int], params: SamplingParams | None) -> Iterator[Piece]:
+    def _begin(self, prompt_ids: list[int], params: SamplingParams | None) -> Stream:
         if len(prompt_ids) > self.context:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens and the context holds {self.context}: "
-                f"shorten it, or load the model with a larger context"
+                f"shorten it, or load the model with a larger `context`"
             )
         return self._queued(prompt_ids, SamplingParams() if params is None else params)
 
-    def _queued(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[Piece]:
+    def _queued(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
         """Wait for the other calls, then generate."""
         # A stream may be advanced by one thread and then another, so the owner is kept up to date.
         if self._owner == threading.get_ident():
@@ -250,12 +248,12 @@ class LLM:
             self._queue.release()
         yield piece  # the last one, when the queue is free again
 
-    def _generate(self, prompt_ids: list[int], params: SamplingParams) -> Iterator[Piece]:
+    def _generate(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
         from cyclewise.engine.sampler import Sampler
 
         engine, sequence = self.engine, self._sequence
         sampler = Sampler(params)
-        detokenizer = self.tokenizer.stream()
+        detokenizer = self.tokenizer.stream(prompt_ids)
         stops = StopStrings(params.stop)
         stop_ids = frozenset[int]() if params.ignore_eos else self.tokenizer.stop_ids
         token_ids: list[int] = []
@@ -376,7 +374,7 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _last(pieces: Iterator[Piece]) -> Result:
+def _last(pieces: Stream) -> Result:
     *_, piece = pieces
     assert piece.result is not None
     return piece.result

@@ -138,7 +138,7 @@ def naive_stop(text, stops):
     return text, False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120)
 @given(
     st.lists(st.text("ab.", max_size=4), max_size=12),
     st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3),

