@@ -33,5 +33,5 @@ $(READY): pyproject.toml
 	@echo "setting up .venv"
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv
-	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --editable '.[test]'
+	@PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --editable '.[test]'
 	@touch $@
