@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_tokens():
     assert drawn(7)[:6] == PINNED
 
 
-PINNED = [280, 439, 354, 114, 139, 428]
+PINNED = [141, 71, 285, 44, 244, 166]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
