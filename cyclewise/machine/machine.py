@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ REPLICATE_UP_TO = 4
 """Tokens of a batch in which every thread normalizes and quantizes for itself."""
 CLAIMS_PER_THREAD = 8
 """Into how many claims a thread's share of a moment is cut."""
+PROBE_BYTES = 1 << 28
+"""The buffer that `read_bandwidth` reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,6 @@ class Machine:
         self._record = self._shared[:1024].view(np.int64)
         self._sleepers = int(self._shared[2048:].ctypes.data)
         for name, value in (
-            ("num_moments", len(program.moments)),
             ("batch", self._batch.ctypes.data),
             ("counters", counters.ctypes.data),
             ("num_threads", num_threads),
@@ -121,6 +123,7 @@ class Machine:
         ):
             self._record[STEP.index(name)] = value
         self._epoch = 0
+        self._probe: NDArray[np.uint8] | None = None
         self._helpers = [
             threading.Thread(target=self._help, args=(i,), name=f"cyclewise-{i}", daemon=True)
             for i in range(1, num_threads)
@@ -163,14 +166,44 @@ class Machine:
         num_blocks = self._place(chunks)
         self._batch[0], self._batch[1] = num_tokens, num_logits
         schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
-        self._record[STEP.index("schedule")] = schedule.ctypes.data
         if self.num_threads > 1:
             stride = self.program.private_bytes if replicated else 0
             for i in range(1, self.num_threads):
                 self._threads[i, 1] = i * stride
+        self._run(schedule, len(self.program.moments))
+        return self.program.logits[:num_logits, : self.program.vocab_size]
+
+    def read_bandwidth(self, seconds: float = 0.3) -> float:
+        """Bytes a second that this machine's threads read from memory, each its own part: the best pass.
+
+        The buffer is far larger than the caches; no pass writes to it.
+        """
+        from cyclewise.machine.kernels import stream
+
+        compiler = host_compiler()
+        compiler.load([stream.stream_unit()])
+        if self._probe is None:
+            self._probe = allocate(PROBE_BYTES)
+            self._probe[::4096] = 1
+        tiles = PROBE_BYTES // stream.TILE_BYTES
+        record = np.array([self._probe.ctypes.data], np.int64)
+        values = {
+            "kernel": compiler.address("stream"), "moment": record.ctypes.data, "num_tiles": tiles,
+            "grain": max(1, tiles // (16 * self.num_threads)), "replicated": 0,
+        }  # fmt: skip
+        schedule = np.array([values[name] for name in SCHEDULE], np.int64)
+        best, end = 0.0, time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            self._run(schedule, 1)
+            best = max(best, PROBE_BYTES / (time.perf_counter() - start))
+        return best
+
+    def _run(self, schedule: NDArray[np.int64], num_moments: int) -> None:
+        self._record[STEP.index("schedule")] = schedule.ctypes.data
+        self._record[STEP.index("num_moments")] = num_moments
         self._epoch = (self._epoch + 1) & 0x3FFFFFFF or 1
         self._step(self._record.ctypes.data, self._epoch, self._sleepers)
-        return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def _check(
         self, token_ids: Sequence[int] | NDArray[np.int32], chunks: Sequence[Chunk], logit_rows: Sequence[int]

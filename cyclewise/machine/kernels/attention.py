@@ -24,16 +24,15 @@ from cyclewise.machine.kernels.math import exp
 
 LANES = 16
 
+ROW_TILES = (6, 3, 1)
+"""Rows that meet keys or values at once: enough sums to hide a multiply-add's latency."""
+
 
 def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
     """Bytes of scratch a thread needs for query groups of that size."""
     rows = QUERY_BLOCK * group_size
     page = PAGE_TOKENS * padded_head_dim * 4
     return 2 * page + rows * 4 * (2 * padded_head_dim + PAGE_TOKENS + 3)
-
-
-def _row_tiles(emitter: Emitter) -> tuple[int, ...]:
-    return (6, 3, 1) if emitter.target.name == "avx512" else (3, 1)
 
 
 def _attention(
@@ -108,7 +107,7 @@ def _attention(
 
 def _over_rows(emitter: Emitter, rows: Value, call: object) -> None:
     done = emitter.variable(emitter.constant(0))
-    for size in _row_tiles(emitter):
+    for size in ROW_TILES:
         with emitter.loop() as leave_if:
             leave_if(done.get() + size > rows)
             call(size, done.get())  # type: ignore[operator]

@@ -50,6 +50,8 @@ ATTENTION = (
     "keys", "values", "page_bytes", "out", "out_stride",
 )  # fmt: skip
 
+STREAM = ("source",)
+
 SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
 STEP = ("epoch", "num_moments", "schedule", "batch", "counters", "num_threads", "threads")
 

@@ -1,0 +1,39 @@
+"""Reading memory as fast as it comes: the probe that decode is measured against.
+
+A tile is TILE_BYTES of the buffer; each is read once, by vector loads, with prefetches ahead, and nothing is written
+but one value a call.
+"""
+
+from __future__ import annotations
+
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.lang import I64, Emitter, Value, vector
+from cyclewise.machine.kernels.layout import STREAM, THREAD, Record
+
+TILE_BYTES = 1 << 16
+PREFETCH_BYTES = 4096
+_STRIDE = 512
+
+
+def _stream(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, t = Record(emitter, moment, STREAM), Record(emitter, thread, THREAD)
+    width = 64 if emitter.target.name == "avx512" else 32
+    words = vector(I64, width // 8)
+    sums = [emitter.variable(emitter.constant(0, words)) for _ in range(4)]
+    with emitter.range(m.source + first * TILE_BYTES, m.source + last * TILE_BYTES, _STRIDE) as at:
+        for line in range(0, _STRIDE, 64):
+            emitter.prefetch(at + (PREFETCH_BYTES + line))
+        for i, offset in enumerate(range(0, _STRIDE, width)):
+            total = sums[i % len(sums)]
+            total.set(total.get() | emitter.load(at + offset, words))
+    found = sums[0].get() | sums[1].get() | sums[2].get() | sums[3].get()
+    emitter.store(t.scratch, found)
+
+
+def stream_unit() -> Unit:
+    def write(emitter: Emitter) -> None:
+        emitter.function("stream", 5, lambda *a: _stream(emitter, *a))
+
+    return Unit("stream", write, ("stream",))
