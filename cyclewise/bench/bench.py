@@ -142,7 +142,7 @@ class _Pair:
     bandwidth: float  # bytes/s, probed around our decode
 
 
-class _Ours:
+class OurEngine:
     """Our engine behind the same two calls as a peer's."""
 
     def __init__(self, model: BenchModel) -> None:
@@ -223,7 +223,7 @@ def run_bench(
     streamed = bytes_per_decode_token(
         model.bytes_per_token, model.kv_bytes_per_token, depth, generate_tokens
     )
-    ours, idle = _Ours(model), _IdleClock()
+    ours, idle = OurEngine(model), _IdleClock()
     pairs: list[_Pair] = []
     with ExitStack() as stack:
         peers: list[Peer] = []
@@ -237,6 +237,7 @@ def run_bench(
         engines: list[_Engine] = [*peers, ours]
         for engine in engines:
             _warm_up(engine, token_ids(min(64, prompt_tokens), 0, vocab_size))
+        model.machine.read_bandwidth(0)  # makes its buffer
         for repeat in range(repeats):
             prompt = token_ids(prompt_tokens, 2 * repeat + 1, vocab_size)
             answer = token_ids(depth + generate_tokens, 2 * repeat + 2, vocab_size)
@@ -282,7 +283,7 @@ class _Work:
 
 
 def _run_pair(
-    ours: _Ours, peer: Peer | None, work: _Work, machine: BenchMachine, idle: _IdleClock
+    ours: OurEngine, peer: Peer | None, work: _Work, machine: BenchMachine, idle: _IdleClock
 ) -> _Pair:
     """Prefill: the peer, ours; decode: the peer, ours between two probes of the bandwidth."""
 

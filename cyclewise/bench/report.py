@@ -29,27 +29,22 @@ def print_bench(result: BenchResult, console: Console | None = None) -> None:
 
     console = console or Console()
     table = Table(title=f"{result.model}, {_count(result.threads, 'thread')}", title_justify="left")
-    table.add_column("tokens/s: median (least to most)")
-    for heading in (f"prefill {result.prompt_tokens}", "ours / theirs"):
+    table.add_column("tokens/s")
+    for heading in ("median", "least", "most", "ours / theirs", "least", "most"):
         table.add_column(heading, justify="right")
     decode = f"decode {result.generate_tokens}"
-    table.add_column(f"{decode} from {result.depth}" if result.depth else decode, justify="right")
-    table.add_column("ours / theirs", justify="right")
-    table.add_row(
-        "cyclewise",
-        _speed(result.prefill_tokens_per_second),
-        "",
-        _speed(result.decode_tokens_per_second),
-        "",
-    )
+    if result.depth:
+        decode += f" from {result.depth}"
+    table.add_row(f"prefill {result.prompt_tokens}", style="bold")
+    table.add_row("  cyclewise", *_cells(result.prefill_tokens_per_second, 1))
     for peer in result.peers:
-        table.add_row(
-            f"{peer.name} {peer.version}",
-            _speed(peer.prefill_tokens_per_second),
-            _ratio(peer.prefill_ratio_spread),
-            _speed(peer.decode_tokens_per_second),
-            _ratio(peer.decode_ratio_spread),
-        )
+        speed, ratio = peer.prefill_tokens_per_second, peer.prefill_ratio_spread
+        table.add_row(f"  {peer.name} {peer.version}", *_cells(speed, 1), *_cells(ratio, 2))
+    table.add_row(decode, style="bold")
+    table.add_row("  cyclewise", *_cells(result.decode_tokens_per_second, 1))
+    for peer in result.peers:
+        speed, ratio = peer.decode_tokens_per_second, peer.decode_ratio_spread
+        table.add_row(f"  {peer.name} {peer.version}", *_cells(speed, 1), *_cells(ratio, 2))
     console.print(table)
     console.print(
         f"decode streams {result.bytes_per_decode_token / 1e6:.1f} MB a token: "
@@ -59,12 +54,8 @@ def print_bench(result: BenchResult, console: Console | None = None) -> None:
     )
 
 
-def _speed(spread: Spread) -> str:
-    return f"{spread.median:.1f} ({spread.min:.1f} to {spread.max:.1f})"
-
-
-def _ratio(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.min:.2f} to {spread.max:.2f})"
+def _cells(spread: Spread, digits: int) -> list[str]:
+    return [f"{value:.{digits}f}" for value in (spread.median, spread.min, spread.max)]
 
 
 def _count(count: int, noun: str) -> str:

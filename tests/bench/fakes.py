@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from cyclewise.engine.request import Chunk
+from cyclewise.machine.machine import Chunk
 
 
 @dataclass
@@ -24,14 +25,10 @@ class FakeMachine:
     num_probes: int = 0
 
     def step(
-        self,
-        token_ids: np.ndarray,
-        positions: np.ndarray,
-        sequences: list[Chunk],
-        logit_rows: np.ndarray,
+        self, token_ids: np.ndarray, chunks: list[Chunk], logit_rows: Sequence[int]
     ) -> np.ndarray:
         self.steps.append(len(token_ids))
-        return self.table[token_ids[logit_rows]]
+        return self.table[token_ids[list(logit_rows)]]
 
     def read_bandwidth(self, seconds: float) -> float:
         self.num_probes += 1
