@@ -10,16 +10,8 @@ import codecs
 from collections.abc import Iterable
 
 from cyclewise.errors import InvalidParameterError
-from cyclewise.text.encoders import SPACE
+from cyclewise.text.encoders import SPACE, byte_level_alphabet
 from cyclewise.text.vocabulary import TokenType, Vocabulary
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = {chr(byte): byte for byte in visible}
-    others = [byte for byte in range(256) if byte not in visible]
-    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 class Pieces:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from heapq import heapify, heappop, heappush
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 from cyclewise.errors import ModelFileError
@@ -27,6 +28,14 @@ Encode = Callable[[str], list[int]]
 
 _CACHED_WORDS = 1 << 14
 _CACHED_WORD_LENGTH = 64
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in visible}
+    others = [byte for byte in range(256) if byte not in visible]
+    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
 
 
 def make_encoder(vocabulary: Vocabulary) -> Encode:
@@ -53,44 +62,56 @@ def _plain_ids(vocabulary: Vocabulary) -> dict[str, int]:
 def _byte_level_bpe(vocabulary: Vocabulary) -> Encode:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    patterns = patterns_of(vocabulary.pre)
-    ids = _plain_ids(vocabulary)
+    num_tokens = len(vocabulary.tokens)
+    ids = dict(vocabulary.ids)
+    # Ids beyond the vocabulary stand for what text may pass through and not become: control
+    # tokens, which are then taken apart again, and bytes without a token, which vanish, but only
+    # after merging, since they keep their neighbours apart.
+    control = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
+    hidden = [vocabulary.tokens[index] for index in control]
+    hidden += [character for character in byte_level_alphabet() if character not in ids]
+    ids |= {text: num_tokens + index for index, text in enumerate(hidden)}
+
     merges = vocabulary.merges
     if len(set(merges)) != len(merges):  # the first of two alike counts; the library keeps the last
         merges = list(dict.fromkeys(merges))
-    pairs = [(left, right) for left, _, right in map(_partition_at_space, merges)]
+    pairs = [(left, right) for left, _, right in map(methodcaller("partition", " "), merges)]
     whole_words = keeps_whole_words(vocabulary.pre)
     try:
         model = models.BPE(ids, pairs, ignore_merges=whole_words)
-    except Exception:  # what the library raises is not documented; only a bad merge is possible
-        model = models.BPE(ids, _sound_merges(vocabulary, ids, pairs), ignore_merges=whole_words)
+    except Exception as error:  # the library raises no class of its own
+        raise ModelFileError(f"the model file's merges are damaged: {error}") from None
     tokenizer = Tokenizer(model)
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    patterns = map(Regex, patterns_of(vocabulary.pre))
+    splits = [pre_tokenizers.Split(pattern, behavior="isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    return _library_encoder(tokenizer)
+    encode_hidden = _library_encoder(tokenizer)
 
+    @cache
+    def ranks() -> dict[str, int]:
+        return {merge: rank for rank, merge in enumerate(merges)}
 
-def _partition_at_space(merge: str) -> tuple[str, str, str]:
-    return merge.partition(" ")
+    def take_apart(text: str) -> list[int]:
+        """Ids of what the merges made `text` from, if it is hidden."""
+        if ids[text] < num_tokens:
+            return [ids[text]]
+        cuts = [(text[:middle], text[middle:]) for middle in range(1, len(text))]
+        made = [cut for cut in cuts if " ".join(cut) in ranks()]
+        left, right = min(made, key=lambda cut: ranks()[" ".join(cut)], default=("", ""))
+        return [*take_apart(left), *take_apart(right)] if made else []
 
+    def encode(text: str) -> list[int]:
+        found = encode_hidden(text)
+        if max(found, default=0) < num_tokens:
+            return found
+        plain: list[int] = []
+        for index in found:
+            is_hidden = index >= num_tokens
+            plain += take_apart(hidden[index - num_tokens]) if is_hidden else [index]
+        return plain
 
-def _sound_merges(
-    vocabulary: Vocabulary, ids: dict[str, int], pairs: list[tuple[str, str]]
-) -> list[tuple[str, str]]:
-    """The merges without those that meet a control token; any other unknown part is an error."""
-    sound = []
-    for left, right in pairs:
-        parts = (left, right, left + right)
-        missing = next((part for part in parts if part not in ids), None)
-        if missing is None:
-            sound.append((left, right))
-        elif missing not in vocabulary.ids:
-            raise ModelFileError(
-                f"the model file is damaged: the merge {left[:50]!r} + {right[:50]!r} needs "
-                f"{missing[:100]!r}, which is not in the vocabulary"
-            )
-    return sound
+    return encode
 
 
 def _library_encoder(tokenizer: tokenizers.Tokenizer) -> Encode:
