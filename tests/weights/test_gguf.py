@@ -292,7 +292,7 @@ TENSORS = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     st.lists(ENTRIES, max_size=4),
     st.lists(TENSORS, max_size=4),
