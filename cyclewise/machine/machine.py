@@ -1,7 +1,8 @@
 """The machine: threads that execute a program for one batch of tokens.
 
-`Machine.step` takes a flat batch (any tokens of any sequences), checks it, writes the batch's record and runs the
-compiled loop (`kernels/loop.py`) on the calling thread; helper threads live in compiled code and wake by themselves.
+`Machine.step` takes a flat batch (any tokens of any sequences), checks it, writes the batch's
+record and runs the compiled loop (`kernels/loop.py`) on the calling thread; helper threads live
+in compiled code and wake by themselves.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +28,7 @@ from cyclewise.machine.kernels.layout import (
     THREAD,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.loop import LINE, STOP, loop_unit
+from cyclewise.machine.kernels.loop import LINE, STOP
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.program import Moment, Program
 
@@ -40,7 +42,9 @@ PROBE_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`count` consecutive tokens of the flat batch from `start`, the first at `position` of a sequence."""
+    """`count` consecutive tokens of the flat batch from `start`, the first at `position` of a
+    sequence.
+    """
 
     start: int
     count: int
@@ -51,30 +55,40 @@ class Chunk:
 
 def available_cpus() -> int:
     """CPUs this process may use: its affinity mask, cut by a cgroup quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
-        try:
-            words = open(path).read().split()
-            if path.endswith("us"):
-                words.append(open("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read())
-            quota, period = float(words[0]), float(words[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if quota > 0:
-            count = min(count, max(1, int(quota / period + 0.5)))
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    group = Path("/sys/fs/cgroup")
+    try:
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota = (group / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu" / "cpu.cfs_period_us").read_text()
+        if int(quota) > 0:
+            count = min(count, round(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no quota: "max", or no cgroup at all
     return max(1, count)
 
 
 def resolve_threads(num_threads: int | None) -> int:
-    """The number of threads to run: never more than there are CPUs, since that only makes them wait."""
+    """The number of threads to run: never more than there are CPUs, since that only makes them
+    wait.
+    """
     if num_threads is not None and num_threads < 1:
         raise InvalidParameterError(f"threads is {num_threads}; it must be at least 1.")
     available = available_cpus()
     return available if num_threads is None else min(num_threads, available)
 
 
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise InvalidParameterError(f"The batch is not sound: {what} is out of range.")
+
+
 class Machine:
-    """Threads and the records they read. Not for several threads at once: the engine takes turns."""
+    """Threads and the records they read. One caller at a time: the engine takes turns."""
 
     def __init__(self, program: Program, num_threads: int) -> None:
         self.program = program
@@ -83,7 +97,6 @@ class Machine:
         self.page_tokens = PAGE_TOKENS
         self.num_pages = program.num_pages
         compiler = host_compiler()
-        compiler.load([*program.units, loop_unit()])
         self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
         self._step = callable_at(compiler.address("step"), 3)
         self._post = callable_at(compiler.address("post"), 3)
@@ -152,7 +165,8 @@ class Machine:
         chunks: Sequence[Chunk],
         logit_rows: Sequence[int],
     ) -> NDArray[np.float32]:
-        """Runs the program on a batch; float32 (len(logit_rows), vocabulary), a view until the next step.
+        """Runs the program on a batch; float32 (len(logit_rows), vocabulary), a view until the
+        next step.
 
         Args:
             token_ids: the flat batch, at most `max_batch_tokens`.
@@ -174,7 +188,8 @@ class Machine:
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def read_bandwidth(self, seconds: float = 0.3) -> float:
-        """Bytes a second that this machine's threads read from memory, each its own part: the best pass.
+        """Bytes a second that this machine's threads read from memory, each its own part: the
+        best pass.
 
         The buffer is far larger than the caches; no pass writes to it.
         """
@@ -206,23 +221,31 @@ class Machine:
         self._step(self._record.ctypes.data, self._epoch, self._sleepers)
 
     def _check(
-        self, token_ids: Sequence[int] | NDArray[np.int32], chunks: Sequence[Chunk], logit_rows: Sequence[int]
+        self,
+        token_ids: Sequence[int] | NDArray[np.int32],
+        chunks: Sequence[Chunk],
+        logit_rows: Sequence[int],
     ) -> None:
         """Kernels trust their arguments: everything that they index by is proved here."""
         num_tokens = len(token_ids)
-        assert 0 < num_tokens <= MAX_BATCH_TOKENS
-        assert min(token_ids) >= 0 and max(token_ids) < self.program.vocab_size, "token id out of range"
+        _require(0 < num_tokens <= MAX_BATCH_TOKENS, "the number of tokens")
+        low, high = min(token_ids), max(token_ids)
+        _require(low >= 0 and high < self.program.vocab_size, "a token id")
         covered = 0
         for chunk in chunks:
-            assert chunk.start == covered and chunk.count > 0 and chunk.position >= 0
+            in_order = chunk.start == covered and chunk.count > 0 and chunk.position >= 0
+            _require(in_order, "the chunks' order")
             covered += chunk.count
             end = chunk.position + chunk.count
             pages = chunk.pages[: -(-end // PAGE_TOKENS)]
-            assert end <= self.program.context_length and len(pages) * PAGE_TOKENS >= end
-            assert pages.dtype == np.int32 and pages.flags.c_contiguous
-            assert pages.min() >= 0 and pages.max() < self.num_pages, "page out of range"
-        assert covered == num_tokens
-        assert all(0 <= row < num_tokens for row in logit_rows)
+            _require(end <= self.program.context_length, "a position")
+            _require(len(pages) * PAGE_TOKENS >= end, "the length of a page table")
+            _require(
+                pages.dtype == np.int32 and pages.flags.c_contiguous, "the layout of a page table"
+            )
+            _require(pages.min() >= 0 and pages.max() < self.num_pages, "a page")
+        _require(covered == num_tokens, "the number of tokens in chunks")
+        _require(all(0 <= row < num_tokens for row in logit_rows), "a row of logits")
 
     def _place(self, chunks: Sequence[Chunk]) -> int:
         """Writes positions, cache slots and query blocks; returns the number of blocks."""
@@ -238,7 +261,9 @@ class Machine:
                 positions = np.arange(chunk.position, chunk.position + chunk.count, dtype=np.int32)
                 where = slice(chunk.start, chunk.start + chunk.count)
                 self._positions[where] = positions
-                self._slots[where] = pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+                self._slots[where] = (
+                    pages[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+                )
             address = pages.ctypes.data
             for first in range(0, chunk.count, QUERY_BLOCK):
                 size = min(QUERY_BLOCK, chunk.count - first)
@@ -246,7 +271,9 @@ class Machine:
                 count += 1
         return count
 
-    def _schedule(self, num_tokens: int, num_logits: int, num_blocks: int) -> tuple[NDArray[np.int64], bool]:
+    def _schedule(
+        self, num_tokens: int, num_logits: int, num_blocks: int
+    ) -> tuple[NDArray[np.int64], bool]:
         key = (num_tokens, num_logits, num_blocks)
         found = self._schedules.get(key)
         if found is None:
@@ -260,11 +287,15 @@ class Machine:
 
     def _entry(self, moment: Moment, shape: tuple[int, int, int], replicated: bool) -> list[int]:
         num_tokens, num_logits, num_blocks = shape
-        tiles = {
-            "tokens": num_tokens,
-            "logits": num_logits,
-            "queries": num_blocks * moment.tiles_per_block,
-        }.get(moment.tiles, moment.tiles)  # type: ignore[call-overload]
+        match moment.tiles:
+            case "tokens":
+                tiles = num_tokens
+            case "logits":
+                tiles = num_logits
+            case "queries":
+                tiles = num_blocks * moment.tiles_per_block
+            case int(number):
+                tiles = number
         if moment.of_logits and not num_logits:
             tiles = 0
         grain = max(1, tiles // (CLAIMS_PER_THREAD * self.num_threads))

@@ -1,8 +1,8 @@
 """From a file's tensors to packed weights in memory of our own.
 
-`weights/` gives bytes and formats, the pack kernels reorder them into tiles of 16 rows, and `program.py` gets a
-`Matrix`: an address and a shape. Pages of the file that were packed are let go at once, so that the model is in memory
-only once. All cores pack.
+`weights/` gives bytes and formats, the pack kernels reorder them into tiles of 16 rows, and
+`program.py` gets a `Matrix`: an address and a shape. Pages of the file that were packed are let
+go at once, so that the model is in memory only once. All cores pack.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from cyclewise.errors import ModelFileError
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
-from cyclewise.machine.kernels.pack import pack_unit
 from cyclewise.weights.gguf import GGUFFile, Tensor
 
 _HUGE_PAGE = 2 * 1024 * 1024
 
 
 def allocate(num_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory, aligned to a huge page and asked to be made of them; committed as it is touched."""
+    """Zeroed memory, aligned to a huge page and asked to be made of them; committed as it is
+    touched.
+    """
     size = -(-max(num_bytes, 1) // _HUGE_PAGE) * _HUGE_PAGE
     memory = mmap.mmap(-1, size + _HUGE_PAGE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -69,9 +70,6 @@ class Weights:
         total = sum(_packed_bytes(tensor) for tensor in file.tensors.values())
         self._arena = allocate(total)
         self._used = 0
-        formats = dict.fromkeys(t.format.name for t in file.tensors.values() if len(t.shape) == 2)
-        self._compiler = host_compiler()
-        self._compiler.load([pack_unit(name) for name in formats])
 
     def __contains__(self, name: str) -> bool:
         return name in self._file.tensors
@@ -79,18 +77,19 @@ class Weights:
     def matrix(
         self, name: str, shape: tuple[int, int], row_order: NDArray[np.int32] | None = None
     ) -> Matrix:
-        """Packs a two-dimensional tensor of (rows, columns); packed row i is row `row_order[i]` of the file."""
+        """Packs a two-dimensional tensor of (rows, columns); packed row i is row `row_order[i]`
+        of the file.
+        """
         tensor = self._tensor(name, shape)
         rows, columns = shape
         source = self._file.data(name)
         order = np.arange(rows, dtype=np.int32) if row_order is None else row_order
-        assert sorted(order) == list(range(rows)) if row_order is not None else True
         matrix = Matrix(
             name, tensor.format.name, rows, columns, self._arena.ctypes.data + self._used
         )
         self._used += -(-matrix.num_bytes // 64) * 64
         assert self._used <= self._arena.nbytes
-        pack = callable_at(self._compiler.address(f"pack_{matrix.format}"), 8)
+        pack = callable_at(host_compiler().address(f"pack_{matrix.format}"), 8)
         row_bytes = tensor.nbytes // rows
         bounds = np.linspace(0, matrix.num_tiles, self._num_threads + 1).astype(int)
 
@@ -101,7 +100,6 @@ class Weights:
             )  # fmt: skip
 
         list(self._pool.map(run, bounds[:-1].tolist(), bounds[1:].tolist()))
-        del source
         self._file.release(name)
         return matrix
 
@@ -120,7 +118,8 @@ class Weights:
                 values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
             case other:
                 raise ModelFileError(
-                    f"{self._file.path}: tensor {name} is {other}; a vector must be F32, F16 or BF16."
+                    f"{self._file.path}: tensor {name} is {other}; "
+                    "a vector must be F32, F16 or BF16."
                 )
         padded = np.zeros(-(-length // 16) * 16, np.float32)
         padded[:length] = values if row_order is None else values[row_order]
@@ -141,7 +140,8 @@ class Weights:
             raise ModelFileError(f"{self._file.path}: tensor {name} is missing.")
         if tuple(tensor.shape) != tuple(shape):
             raise ModelFileError(
-                f"{self._file.path}: tensor {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}."
+                f"{self._file.path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"expected {tuple(shape)}."
             )
         return tensor
 

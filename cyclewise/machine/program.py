@@ -1,23 +1,22 @@
 """A program: the ordered list of a model's moments, and the memory they work in.
 
-A file in `models/` writes a program with a `Builder`; the machine executes it. Here and nowhere else are addresses made:
-a moment's record (`kernels/layout.py`) is filled from matrices and buffers whose shapes are checked against each other,
-and `machine.py` checks a batch against the program before a kernel sees it.
+A file in `models/` writes a program with a `Builder`; the machine executes it. Here and nowhere
+else are addresses made: a moment's record (`kernels/layout.py`) is filled from matrices and
+buffers whose shapes are checked against each other, and `machine.py` checks a batch against the
+program before a kernel sees it.
 
 Buffers, float32 unless said otherwise, one row a token:
 
-    hidden     (tokens, hidden)               the residual stream
-    normed     (tokens, widest input)         a norm's output                        } private to a thread
-    quantized  (tokens, groups, 48 bytes)     int8 activations (`kernels/dot.py`)    } in a small batch
-    qkv        (tokens, heads + 2 kv_heads, head_dim)
-    attended   (tokens, heads, head_dim)
-    gated      (tokens, feed-forward)
-    logits     (logit rows, vocabulary)
+    hidden     (tokens, hidden)               the residual stream normed     (tokens, widest
+    input)         a norm's output                        } private to a thread quantized
+    (tokens, groups, 48 bytes)     int8 activations (`kernels/dot.py`)    } in a small batch qkv
+    (tokens, heads + 2 kv_heads, head_dim) attended   (tokens, heads, head_dim) gated
+    (tokens, feed-forward) logits     (logit rows, vocabulary)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import UnsupportedModelError
-from cyclewise.machine.kernels import attention, linear, matmul, rows
+from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
-from cyclewise.machine.kernels.compiler import Unit, host_compiler
+from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
 from cyclewise.machine.kernels.layout import (
     ATTENTION,
@@ -42,6 +41,21 @@ from cyclewise.machine.kernels.layout import (
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.packing import Matrix, allocate
+
+
+def load_kernels(formats: Iterable[str]) -> None:
+    """Compiles, or loads from the cache, every kernel that matrices of these formats need, in one
+    go.
+    """
+    names = list(dict.fromkeys(formats))
+    host_compiler().load(
+        [
+            *(pack.pack_unit(name) for name in names),
+            *(matmul.matmul_unit(name) for name in names),
+            rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
+        ]
+    )  # fmt: skip
+
 
 MomentClass = Literal["matmul", "activation", "memory"]
 Tiles = Literal["tokens", "logits", "queries"]
@@ -59,7 +73,9 @@ class Moment:
     record: NDArray[np.int64]
     """The kernel's record."""
     tiles: Tiles | int
-    """What its tiles are: one a token, a row of logits or a query block and key-value head, or a fixed number."""
+    """What its tiles are: one a token, a row of logits or a query block and key-value head, or a
+    fixed number.
+    """
     tiles_per_block: int = 1
     """Tiles of a query block."""
     replicable: bool = False
@@ -75,7 +91,6 @@ class Program:
     """Moments and what a machine must know to run them. Made by a `Builder`."""
 
     moments: tuple[Moment, ...]
-    units: tuple[Unit, ...]
     vocab_size: int
     context_length: int
     num_pages: int
@@ -109,14 +124,11 @@ class Builder:
     """Writes a program. `num_threads` private copies of the small buffers are provided for."""
 
     def __init__(
-        self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int, num_layers: int,
-        feed_forward: int, vocab_size: int, context_length: int, num_threads: int, epsilon: float,
+        self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
+        num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
+        num_threads: int, epsilon: float,
     ) -> None:  # fmt: skip
         self._moments: list[Moment] = []
-        self._units: dict[str, Unit] = {
-            unit.name: unit
-            for unit in (rows.rows_unit(), linear.linear_unit(), attention.attention_unit())
-        }
         self._memory: list[object] = []
         self._epsilon = epsilon
         self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
@@ -160,24 +172,29 @@ class Builder:
         return int(array.ctypes.data)
 
     def _add(
-        self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...], values: dict[str, int],
-        tiles: Tiles | int, *, tail: Sequence[int] = (), tiles_per_block: int = 1,
-        replicable: bool = False, weight_bytes: int = 0, of_logits: bool = False,
+        self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...],
+        values: dict[str, int], tiles: Tiles | int, *, tail: Sequence[int] = (),
+        tiles_per_block: int = 1, replicable: bool = False, weight_bytes: int = 0, of_logits: bool = False,
     ) -> None:  # fmt: skip
         assert values.keys() == set(fields), values.keys() ^ set(fields)
         record = np.array([*(values[field_] for field_ in fields), *tail], np.int64)
         self._moments.append(
             Moment(
-                name, kind, kernel, record, tiles, tiles_per_block, replicable, weight_bytes, of_logits
+                name,
+                kind,
+                kernel,
+                record,
+                tiles,
+                tiles_per_block,
+                replicable,
+                weight_bytes,
+                of_logits,
             )
         )
 
-    def _kernel(self, matrix: Matrix, prefix: str) -> int:
+    @staticmethod
+    def _kernel(matrix: Matrix, prefix: str) -> int:
         """The address of a matrix kernel of the matrix's format."""
-        unit = matmul.matmul_unit(matrix.format)
-        if unit.name not in self._units:
-            self._units[unit.name] = unit
-        host_compiler().load([self._units[unit.name]])
         return host_compiler().address(f"{prefix}_{matrix.format}")
 
     # Moments
@@ -204,7 +221,9 @@ class Builder:
             "of_logits": int(of_logits), "out_private": 1,
         }  # fmt: skip
         tiles: Tiles = "logits" if of_logits else "tokens"
-        self._add(name, "activation", "norm", NORM, values, tiles, replicable=True, of_logits=of_logits)
+        self._add(
+            name, "activation", "norm", NORM, values, tiles, replicable=True, of_logits=of_logits
+        )
 
     def qkv(
         self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None]
@@ -231,14 +250,18 @@ class Builder:
         source = self._input(name, [gate, up], self._normed)
         values = {
             "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
-            "columns": gate.num_columns, "out": self._gated.address, "out_stride": self._gated.stride,
-            "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address, "gate_tile_bytes": gate.tile_bytes,
+            "columns": gate.num_columns,
+            "out": self._gated.address, "out_stride": self._gated.stride,
+            "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address,
+            "gate_tile_bytes": gate.tile_bytes,
             "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.tile_bytes,
         }  # fmt: skip
         weight_bytes = gate.num_bytes + up.num_bytes
         self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, weight_bytes=weight_bytes)
 
-    def rope(self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]) -> None:
+    def rope(
+        self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]
+    ) -> None:
         """Rotates queries and keys of `qkv`; writes keys and values to the cache.
 
         `cosines`, `sines`: (context, rope_dim / 2).
@@ -249,7 +272,8 @@ class Builder:
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
             "num_heads": self._heads, "num_kv_heads": self._kv_heads,
             "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
-            "rope_dim": 2 * cosines.shape[1], "cosines": self._pointer(cosines), "sines": self._pointer(sines),
+            "rope_dim": 2 * cosines.shape[1],
+            "cosines": self._pointer(cosines), "sines": self._pointer(sines),
             "scale": int(np.float32(self._head_dim**-0.5).view(np.int32)),
             "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
         }  # fmt: skip
@@ -266,7 +290,13 @@ class Builder:
             "out": self._attended.address, "out_stride": self._attended.stride,
         }  # fmt: skip
         self._add(
-            name, "activation", "attention", ATTENTION, values, "queries", tiles_per_block=self._kv_heads
+            name,
+            "activation",
+            "attention",
+            ATTENTION,
+            values,
+            "queries",
+            tiles_per_block=self._kv_heads,
         )
 
     def _layer_cache(self, layer: int) -> tuple[int, int]:
@@ -276,13 +306,16 @@ class Builder:
     def _input(
         self, name: str, matrices: Sequence[Matrix], source: _Buffer, of_logits: bool = False
     ) -> _Buffer:
-        """The buffer that the matrices read: `source`, or its quantized form, which a moment of its own makes."""
+        """The buffer that the matrices read: `source`, or its quantized form, which a moment of
+        its own makes.
+        """
         floats = {matrix.format in FLOAT_FORMATS for matrix in matrices}
         columns = {matrix.num_columns for matrix in matrices}
         assert columns == {source.width}, (name, columns, source.width)
         if len(floats) > 1:
             raise UnsupportedModelError(
-                f"{name}: its matrices are partly float and partly quantized, which Cyclewise cannot multiply in one moment."
+                f"{name}: its matrices are partly float and partly quantized; "
+                "Cyclewise needs them alike."
             )
         if floats == {True}:
             return source
@@ -292,7 +325,16 @@ class Builder:
             "out_stride": self._quantized.stride, "out_private": 1,
         }  # fmt: skip
         tiles: Tiles = "logits" if of_logits else "tokens"
-        self._add(f"{name}.quantize", "activation", "quantize", QUANTIZE, values, tiles, replicable=True, of_logits=of_logits)
+        self._add(
+            f"{name}.quantize",
+            "activation",
+            "quantize",
+            QUANTIZE,
+            values,
+            tiles,
+            replicable=True,
+            of_logits=of_logits,
+        )
         return self._quantized
 
     def _linear(
@@ -313,7 +355,8 @@ class Builder:
             offset += matrix.num_rows
             if matrix.num_rows % ROWS and matrix is not matrices[-1]:
                 raise UnsupportedModelError(
-                    f"{matrix.name}: {matrix.num_rows} rows; Cyclewise needs a multiple of {ROWS} here."
+                    f"{matrix.name} has {matrix.num_rows} rows; "
+                    f"Cyclewise needs a multiple of {ROWS} here."
                 )
         assert offset == out.width
         values = {
@@ -323,11 +366,11 @@ class Builder:
         }  # fmt: skip
         self._add(
             name, "matmul", "linear", LINEAR, values, sum(matrix.num_tiles for matrix in matrices),
-            tail=tail, weight_bytes=sum(matrix.num_bytes for matrix in matrices), of_logits=of_logits,
+            tail=tail, of_logits=of_logits,
+            weight_bytes=sum(matrix.num_bytes for matrix in matrices),
         )  # fmt: skip
 
     def build(self, *keep_alive: object) -> Program:
-        host_compiler().load(self._units.values())
         logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)
         assert isinstance(logits, np.ndarray)
         stride = self._logits.stride // 4
@@ -338,7 +381,7 @@ class Builder:
             attention.scratch_bytes(group, self._padded_head_dim),
         )
         return Program(
-            tuple(self._moments), tuple(self._units.values()), self._vocab_size, self._context,
+            tuple(self._moments), self._vocab_size, self._context,
             self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
             self._private_bytes, scratch, (*self._memory, *keep_alive),
         )  # fmt: skip

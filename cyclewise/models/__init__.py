@@ -45,7 +45,9 @@ class Model:
         self.machine.close()
 
 
-def load_model(path: Path | str, *, context: int | None = None, threads: int | None = None) -> Model:
+def load_model(
+    path: Path | str, *, context: int | None = None, threads: int | None = None
+) -> Model:
     """Reads a GGUF file, packs its weights and starts the machine.
 
     Args:
@@ -59,6 +61,7 @@ def load_model(path: Path | str, *, context: int | None = None, threads: int | N
     """
     from cyclewise.machine.machine import Machine, available_cpus, resolve_threads
     from cyclewise.machine.packing import Weights
+    from cyclewise.machine.program import load_kernels
     from cyclewise.models import llama, qwen2
     from cyclewise.weights.gguf import GGUFFile
 
@@ -67,12 +70,14 @@ def load_model(path: Path | str, *, context: int | None = None, threads: int | N
         architecture = file.metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"{path}: architecture {architecture!r} is not supported; known are {', '.join(ARCHITECTURES)}."
+                f"{path}: architecture {architecture!r} is not supported; "
+                f"known are {', '.join(ARCHITECTURES)}."
             )
         table = file.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
         config = read_config(file.metadata, architecture, table.shape[0], context)
+        load_kernels(t.format.name for t in file.tensors.values() if len(t.shape) == 2)
         weights = Weights(file, available_cpus())
         try:
             build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]

@@ -1,4 +1,6 @@
-"""A model's numbers, read from a GGUF file's metadata and proved before anything is built from them."""
+"""A model's numbers, read from a GGUF file's metadata and proved before anything is built from
+them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Config:
     feed_forward: int
     vocab_size: int
     context_length: int
-    """Tokens that this run can hold: what was asked for, or the model's own, at most DEFAULT_CONTEXT."""
+    """Tokens that this run can hold: what was asked for, or the model's own, at most
+    DEFAULT_CONTEXT.
+    """
     trained_context: int
     norm_epsilon: float
     rope_dim: int
@@ -47,7 +51,9 @@ class _Metadata:
         if value is None:
             raise ModelFileError(f"The model file lacks {self._prefix}{key}.")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
-            raise ModelFileError(f"The model file says {self._prefix}{key} = {value!r}, which cannot be.")
+            raise ModelFileError(
+                f"The model file says {self._prefix}{key} = {value!r}, which cannot be."
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -55,11 +61,15 @@ class _Metadata:
         if value is None:
             raise ModelFileError(f"The model file lacks {self._prefix}{key}.")
         if not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise ModelFileError(f"The model file says {self._prefix}{key} = {value!r}, which cannot be.")
+            raise ModelFileError(
+                f"The model file says {self._prefix}{key} = {value!r}, which cannot be."
+            )
         return float(value)
 
 
-def read_config(metadata: dict[str, Any], architecture: str, vocab_size: int, context: int | None) -> Config:
+def read_config(
+    metadata: dict[str, Any], architecture: str, vocab_size: int, context: int | None
+) -> Config:
     """The configuration of a Llama-like architecture, whose keys they all share."""
     read = _Metadata(metadata, architecture)
     hidden = read.integer("embedding_length")

@@ -1,8 +1,9 @@
 """The Llama family: Llama 1 to 3, SmolLM2, TinyLlama, Mistral; and what Qwen2 changes of it.
 
-Touvron et al., 2023. Each layer adds to the residual stream twice: attention over RMS-normed input, then a SwiGLU
-feed-forward. The file's llama tensors pair neighbouring dimensions for RoPE; here a head's halves are pairs, so query
-and key rows are packed in that order, which changes no dot product.
+Touvron et al., 2023. Each layer adds to the residual stream twice: attention over RMS-normed
+input, then a SwiGLU feed-forward. The file's llama tensors pair neighbouring dimensions for RoPE;
+here a head's halves are pairs, so query and key rows are packed in that order, which changes no
+dot product.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def build(config: Config, weights: Weights, num_threads: int, variant: Variant =
     keys = config.num_kv_heads * config.head_dim
     builder = Builder(
         hidden_size=hidden, head_dim=config.head_dim, num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads, num_layers=config.num_layers, feed_forward=config.feed_forward,
-        vocab_size=config.vocab_size, context_length=config.context_length, num_threads=num_threads,
+        num_kv_heads=config.num_kv_heads, num_layers=config.num_layers,
+        feed_forward=config.feed_forward, vocab_size=config.vocab_size,
+        context_length=config.context_length, num_threads=num_threads,
         epsilon=config.norm_epsilon,
     )  # fmt: skip
     query_order = _row_order(config, config.num_heads, variant)
@@ -46,11 +48,18 @@ def build(config: Config, weights: Weights, num_threads: int, variant: Variant =
     builder.embed("embed", table)
     for layer in range(config.num_layers):
         file, name = f"blk.{layer}.", f"layers.{layer}."
-        parts = (("attn_q", queries, query_order), ("attn_k", keys, key_order), ("attn_v", keys, None))
+        parts = (
+            ("attn_q", queries, query_order),
+            ("attn_k", keys, key_order),
+            ("attn_v", keys, None),
+        )
         builder.norm(name + "attention.norm", weights.vector(file + "attn_norm.weight", hidden))
         builder.qkv(
             name + "attention.qkv",
-            [weights.matrix(f"{file}{part}.weight", (size, hidden), order) for part, size, order in parts],
+            [
+                weights.matrix(f"{file}{part}.weight", (size, hidden), order)
+                for part, size, order in parts
+            ],
             [_bias(weights, f"{file}{part}.bias", size, order) for part, size, order in parts],
         )
         builder.rope(name + "attention.rope", layer, cosines, sines)
@@ -67,7 +76,8 @@ def build(config: Config, weights: Weights, num_threads: int, variant: Variant =
             weights.matrix(file + "ffn_up.weight", (config.feed_forward, hidden)),
         )
         builder.down(
-            name + "ffn.down", weights.matrix(file + "ffn_down.weight", (hidden, config.feed_forward))
+            name + "ffn.down",
+            weights.matrix(file + "ffn_down.weight", (hidden, config.feed_forward)),
         )
     builder.norm("output.norm", weights.vector("output_norm.weight", hidden), of_logits=True)
     tied = "output.weight" not in weights
@@ -94,11 +104,17 @@ def _row_order(config: Config, num_heads: int, variant: Variant) -> NDArray[np.i
     return (starts + head).reshape(-1).astype(np.int32)
 
 
-def rope_tables(config: Config, weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines, float32 (context, rope_dim / 2); Llama 3's scaling comes as factors in the file."""
+def rope_tables(
+    config: Config, weights: Weights
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and sines, float32 (context, rope_dim / 2); Llama 3's scaling comes as factors in
+    the file.
+    """
     half = config.rope_dim // 2
     frequencies = config.rope_base ** (-np.arange(half) / half) / config.rope_scaling
     if "rope_freqs.weight" in weights:
         frequencies = frequencies / weights.vector("rope_freqs.weight", half)[:half]
     angles = np.arange(config.context_length)[:, None] * frequencies
-    return weights.keep(np.cos(angles).astype(np.float32)), weights.keep(np.sin(angles).astype(np.float32))
+    return weights.keep(np.cos(angles).astype(np.float32)), weights.keep(
+        np.sin(angles).astype(np.float32)
+    )

@@ -1,4 +1,6 @@
-"""Qwen2 and Qwen2.5 (Yang et al., 2024): Llama with biases on query, key and value, and RoPE pairing a head's halves."""
+"""Qwen2 and Qwen2.5 (Yang et al., 2024): Llama with biases on query, key and value, and RoPE
+pairing a head's halves.
+"""
 
 from __future__ import annotations
 

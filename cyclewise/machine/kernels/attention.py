@@ -1,9 +1,11 @@
-"""Grouped-query attention over the paged KV cache, with a running softmax (Milakov and Gimelshein, 2018; FlashAttention).
+"""Grouped-query attention over the paged KV cache, with a running softmax (Milakov and
+Gimelshein, 2018; FlashAttention).
 
-A tile is a block of at most QUERY_BLOCK consecutive tokens of a sequence and one key-value head; its *rows* are the block's
-tokens times the query heads that share the head. Page after page, keys and values become float32 once and serve all rows.
-A row meets the pages in order and nothing else enters its sums, so its bits do not depend on the block or the batch:
-a page that it may not see leaves it as it was, to the bit.
+A tile is a block of at most QUERY_BLOCK consecutive tokens of a sequence and one key-value head;
+its *rows* are the block's tokens times the query heads that share the head. Page after page, keys
+and values become float32 once and serve all rows. A row meets the pages in order and nothing else
+enters its sums, so its bits do not depend on the block or the batch: a page that it may not see
+leaves it as it was, to the bit.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
 def _attention(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, b, t = Record(emitter, moment, ATTENTION), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    m, b, t = (
+        Record(emitter, moment, ATTENTION),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
     group = m.num_heads // m.num_kv_heads
     dim, padded = m.head_dim, m.padded_head_dim
     floats = vector(F32, LANES)
@@ -79,7 +85,14 @@ def _attention(
             _widen(emitter, m.values + page + half_page * padded, values, padded * PAGE_TOKENS)
 
             def score(count: int, row: Value) -> None:
-                _scores(emitter, count, queries + row * dim * 4, keys, dim, scores + row * (PAGE_TOKENS * 4))
+                _scores(
+                    emitter,
+                    count,
+                    queries + row * dim * 4,
+                    keys,
+                    dim,
+                    scores + row * (PAGE_TOKENS * 4),
+                )
 
             _over_rows(emitter, rows, score)
             with emitter.range(0, rows) as row:
@@ -121,7 +134,9 @@ def _widen(emitter: Emitter, source: Value, to: Value, count: Value) -> None:
         emitter.store(to + at * 4, emitter.half_to_float(halves))
 
 
-def _scores(emitter: Emitter, rows: int, queries: Value, keys: Value, dim: Value, out: Value) -> None:
+def _scores(
+    emitter: Emitter, rows: int, queries: Value, keys: Value, dim: Value, out: Value
+) -> None:
     """out[row][key] = query[row] . key, a page of keys, one key a lane."""
     lanes = emitter.target.lanes
     vectors = PAGE_TOKENS // lanes
@@ -143,8 +158,12 @@ def _scores(emitter: Emitter, rows: int, queries: Value, keys: Value, dim: Value
                 emitter.store(to, sums[row][i].get())
 
 
-def _softmax(emitter: Emitter, scores: Value, visible: Value, maximum: Value, total: Value, factor: Value) -> None:
-    """Turns a row's scores into weights; keeps the running maximum and sum; `factor` rescales what was."""
+def _softmax(
+    emitter: Emitter, scores: Value, visible: Value, maximum: Value, total: Value, factor: Value
+) -> None:
+    """Turns a row's scores into weights; keeps the running maximum and sum; `factor` rescales
+    what was.
+    """
     floats = vector(F32, LANES)
     parts = PAGE_TOKENS // LANES
     limit = emitter.splat(emitter.cast(visible, I32, "trunc"), LANES)
@@ -173,7 +192,13 @@ def _softmax(emitter: Emitter, scores: Value, visible: Value, maximum: Value, to
 
 
 def _weighted(
-    emitter: Emitter, rows: int, weights: Value, values: Value, padded: Value, out: Value, factors: Value
+    emitter: Emitter,
+    rows: int,
+    weights: Value,
+    values: Value,
+    padded: Value,
+    out: Value,
+    factors: Value,
 ) -> None:
     """out[row] = factor[row] * out[row] + weights[row] . values, a page of values."""
     lanes = emitter.target.lanes
@@ -185,7 +210,10 @@ def _weighted(
             change = emitter.broadcast(factors + row * 4, F32, lanes)
             at = out + (padded * row + column) * 4
             sums.append(
-                [emitter.variable(emitter.load(at + i * lanes * 4, floats) * change) for i in range(width)]
+                [
+                    emitter.variable(emitter.load(at + i * lanes * 4, floats) * change)
+                    for i in range(width)
+                ]
             )
         with emitter.range(0, PAGE_TOKENS) as token:
             base = values + (token * padded + column) * 4

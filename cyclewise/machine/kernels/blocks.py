@@ -1,12 +1,14 @@
 """How packed weights lie in memory, and how a kernel reads them: one class a format.
 
-Weights are packed into tiles of 16 rows. A tile is a run of *groups* of 32 columns; in a group, *step* s (0..7) holds columns
-4s..4s+3 of every row, four bytes a row, so that a register of step bytes has one row in each 32-bit lane. Formats with
-super-blocks of 256 columns keep their eight groups together, scales behind them.
+Weights are packed into tiles of 16 rows. A tile is a run of *groups* of 32 columns; in a group,
+*step* s (0..7) holds columns 4s..4s+3 of every row, four bytes a row, so that a register of step
+bytes has one row in each 32-bit lane. Formats with super-blocks of 256 columns keep their eight
+groups together, scales behind them.
 
-A reader gives, for a group and a part of the tile's rows (`lanes` of them): the step's codes as bytes, the scale and, where
-the format has one, the minimum as float32. What a weight is worth: `scale * (code - zero_point) + minimum`. Q6_K has groups
-of 16 columns: its 8-bit scales come apart (`sub_scales`), and `scale` is the super-block's.
+A reader gives, for a group and a part of the tile's rows (`lanes` of them): the step's codes as
+bytes, the scale and, where the format has one, the minimum as float32. What a weight is worth:
+`scale * (code - zero_point) + minimum`. Q6_K has groups of 16 columns: its 8-bit scales come
+apart (`sub_scales`), and `scale` is the super-block's.
 
 The formats are ggml's; the block layouts are those of ggml-common.h, reordered without loss.
 """
@@ -39,7 +41,9 @@ class BlockFormat:
         """The address of a group's codes, given its block's."""
         return block
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         raise NotImplementedError
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
@@ -81,7 +85,9 @@ class Q4_0(BlockFormat):
 
     name, bits, zero_point, block_bytes = "Q4_0", 4, 8, 288
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         return _nibbles(emitter, block, step, part)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
@@ -98,11 +104,15 @@ class Q4_1(Q4_0):
 
 
 class Q5_0(BlockFormat):
-    """256 bytes of low nibbles, 16 words of fifth bits (bit s of byte b: column 4s+b), 16 float16 scales."""
+    """256 bytes of low nibbles, 16 words of fifth bits (bit s of byte b: column 4s+b), 16 float16
+    scales.
+    """
 
     name, bits, zero_point, block_bytes = "Q5_0", 5, 16, 352
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         high = _load_words(emitter, block + 256, part)
         high = high << (4 - step) if step < 4 else high >> (step - 4)
         return _nibbles(emitter, block, step, part) | (high & 0x10101010)
@@ -116,7 +126,9 @@ class Q8_0(BlockFormat):
 
     name, bits, block_bytes = "Q8_0", 8, 544
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         return _load_words(emitter, block + step * 64, part)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
@@ -124,18 +136,28 @@ class Q8_0(BlockFormat):
 
 
 class Q4_K(BlockFormat):
-    """8 groups of 256 bytes of nibbles, 8 x 16 byte scales, 8 x 16 byte minima, 16 float16 d, 16 float16 dmin."""
+    """8 groups of 256 bytes of nibbles, 8 x 16 byte scales, 8 x 16 byte minima, 16 float16 d, 16
+    float16 dmin.
+    """
 
     name, bits, has_minimum, groups_per_block, block_bytes = "Q4_K", 4, True, 8, 2368
 
     def group_address(self, block: Value, group: Value | int) -> Value:
         return block + group * 256
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         return _nibbles(emitter, block + group * 256, step, part)
 
     def _scaled(
-        self, emitter: Emitter, block: Value, group: Value | int, part: int, bytes_at: int, half_at: int
+        self,
+        emitter: Emitter,
+        block: Value,
+        group: Value | int,
+        part: int,
+        bytes_at: int,
+        half_at: int,
     ) -> Value:
         small = _load_bytes(emitter, block + bytes_at + group * 16, part, "zext")
         return _load_halves(emitter, block + half_at, part) * emitter.to_float(small)
@@ -149,7 +171,8 @@ class Q4_K(BlockFormat):
 
 
 class Q6_K(BlockFormat):
-    """8 groups of 256 bytes of low nibbles, 8 x 128 bytes of high bits, 16 x 16 byte scales, 16 float16 d.
+    """8 groups of 256 bytes of low nibbles, 8 x 128 bytes of high bits, 16 x 16 byte scales, 16
+    float16 d.
 
     High bits: two words a row; in word w, bits 2j and 2j+1 of byte b belong to column 16w+4j+b.
     """
@@ -157,7 +180,9 @@ class Q6_K(BlockFormat):
     name, bits, zero_point, has_sub_scales, groups_per_block = "Q6_K", 6, 32, True, 8
     block_bytes = 3360
 
-    def codes(self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int) -> Value:
+    def codes(
+        self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
+    ) -> Value:
         low = _nibbles(emitter, block + group * 256, step, part)
         high = _load_words(emitter, block + 2048 + group * 128 + (step // 4) * 64, part)
         shift = 2 * (step % 4)
@@ -178,7 +203,9 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
 }
 
 FLOAT_FORMATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Formats whose weights meet float32 activations, with the bytes of a weight. A tile's column k is 16 weights."""
+"""Formats whose weights meet float32 activations, with the bytes of a weight. A tile's column k
+is 16 weights.
+"""
 
 
 def load_floats(emitter: Emitter, name: str, address: Value, lanes: int) -> Value:

@@ -1,8 +1,9 @@
 """From what an `Emitter` wrote to machine code, kept on disk.
 
-A *unit* is one LLVM module: a function `write(emitter)` and the names that it exports. Its object code is kept under a
-key made of the sources of this folder, the LLVM version and the processor, so that an edited kernel is never met by its
-old code. Compiling happens in the order of need; the first time it is announced on standard error.
+A *unit* is one LLVM module: a function `write(emitter)` and the names that it exports. Its object
+code is kept under a key made of the sources of this folder, the LLVM version and the processor,
+so that an edited kernel is never met by its old code. Compiling happens in the order of need; the
+first time it is announced on standard error.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ def _target_machine(target: Target) -> Any:
     _initialize()
     triple = binding.get_default_triple()
     return binding.Target.from_triple(triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        cpu=target.cpu,
+        features=target.features,
+        opt=3,
+        reloc="pic",
+        codemodel="jitdefault",
+        jit=True,
     )
 
 
@@ -74,7 +80,9 @@ def _optimized(unit: Unit, target: Target, machine: Any) -> Any:
 
 
 def assembly(unit: Unit, target: Target) -> str:
-    """The assembly of a unit, compiled afresh: for reading, and for the tests that look for instructions."""
+    """The assembly of a unit, compiled afresh: for reading, and for the tests that look for
+    instructions.
+    """
     machine = _target_machine(target)
     return str(machine.emit_assembly(_optimized(unit, target, machine)))
 
@@ -85,7 +93,9 @@ def _compile(unit: Unit, target: Target) -> bytes:
 
 
 class Compiler:
-    """Compiles units for one target, or loads them from the cache; gives the addresses of their functions."""
+    """Compiles units for one target, or loads them from the cache; gives the addresses of their
+    functions.
+    """
 
     def __init__(self, target: Target | None = None) -> None:
         self.target = target or host_target()
@@ -125,11 +135,12 @@ class Compiler:
 
     def _announce(self, total: int) -> None:
         self._announced += 1
-        line = f"compiling kernels for {self.target.cpu} ({self.target.name}): {self._announced}/{total}"
+        target = f"{self.target.cpu} ({self.target.name})"
+        line = f"compiling kernels for {target}: {self._announced}/{total}"
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\x1b[K{line}")
         elif self._announced == 1:
-            sys.stderr.write(f"compiling {total} kernels for {self.target.cpu} (once)\n")
+            sys.stderr.write(f"compiling {total} kernels for {target} (once)\n")
         sys.stderr.flush()
 
     def _link(self, unit: Unit, data: bytes) -> None:

@@ -3,8 +3,8 @@
 `Dot(emitter, kind).group(...)` gives, for some tokens, the int32 sums over a group of 32 columns of
 `(code - zero_point) * activation`, exact in every target, one row a lane.
 
-An activation group of a token takes 48 bytes: 32 int8 codes (-127..127), float32 scale, float32 scale*sum, int32 -8*sum,
-and two int16: -8 * the sum of each half.
+An activation group of a token takes 48 bytes: 32 int8 codes (-127..127), float32 scale, float32
+scale*sum, int32 -8*sum, and two int16: -8 * the sum of each half.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Dot:
     def _zero(self) -> Value:
         return self.emitter.constant(0, vector(I32, self.lanes))
 
-    def _with_sub_scales(self, halves: list[list[Value]], sub_scale: Callable[[int], Value]) -> list[Value]:
+    def _with_sub_scales(
+        self, halves: list[list[Value]], sub_scale: Callable[[int], Value]
+    ) -> list[Value]:
         scales = [sub_scale(0), sub_scale(1)]
         return [low * scales[0] + high * scales[1] for low, high in zip(*halves, strict=True)]
 
@@ -71,8 +73,10 @@ class Dot:
         sub_scale: Callable[[int], Value] | None,
         activations: list[Value],
     ) -> list[Value]:
-        """VPDPBUSD: unsigned codes times signed activations; signed codes become unsigned by adding 128."""
-        emitter, kind = self.emitter, self.kind
+        """VPDPBUSD: unsigned codes times signed activations; signed codes become unsigned by
+        adding 128.
+        """
+        kind = self.kind
         signed = kind.bits == 8
         zero_point = 128 if signed else kind.zero_point
         halves = []
@@ -113,8 +117,9 @@ class Dot:
     ) -> list[Value]:
         """VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into int32.
 
-        A step adds at most 2 * (2**bits - 1) * 127 to an int16: 8 steps of 4 bits, 4 of 5, 2 of 6. Codes of 8 bits would
-        saturate at once: their sign moves to the activation, |code| <= 128 leaves 32,512.
+        A step adds at most 2 * (2**bits - 1) * 127 to an int16: 8 steps of 4 bits, 4 of 5, 2 of
+        6. Codes of 8 bits would saturate at once: their sign moves to the activation, |code| <=
+        128 leaves 32,512.
         """
         emitter, kind = self.emitter, self.kind
         shorts, as_bytes = vector(I16, 2 * self.lanes), vector(I8, 4 * self.lanes)
@@ -175,7 +180,11 @@ class Dot:
                 word = codes(step)
                 for byte in range(4):
                     if kind.bits == 8:
-                        code = emitter.cast(emitter.cast(word >> (8 * byte), vector(I8, self.lanes), "trunc"), words, "sext")
+                        code = emitter.cast(
+                            emitter.cast(word >> (8 * byte), vector(I8, self.lanes), "trunc"),
+                            words,
+                            "sext",
+                        )
                     else:
                         code = ((word >> (8 * byte)) & 0xFF) - kind.zero_point
                     for i, address in enumerate(activations):
@@ -183,4 +192,3 @@ class Dot:
                         sums[i] = sums[i] + code * emitter.splat(x, self.lanes)
             halves.append(sums)
         return self._with_sub_scales(halves, sub_scale) if sub_scale else halves[0]
-

@@ -1,12 +1,13 @@
 """The kernel language: Python functions that emit LLVM.
 
-Every kernel of Cyclewise is a Python function that is given an `Emitter` and writes a function with it: addresses are
-64-bit integers, vectors are values, a Python loop unrolls, `emitter.range` loops at run time. `compiler.py` turns what was
-written into machine code. Nothing here knows of models, weights or threads.
+Every kernel of Cyclewise is a Python function that is given an `Emitter` and writes a function
+with it: addresses are 64-bit integers, vectors are values, a Python loop unrolls, `emitter.range`
+loops at run time. `compiler.py` turns what was written into machine code. Nothing here knows of
+models, weights or threads.
 
-Floating-point operations carry no fast-math flag: what is written is what is computed, in the order in which it is written,
-so that a token's bits do not depend on the shape of the tile that it was computed in. A fused multiply-add is asked for
-by name (`Emitter.fma`).
+Floating-point operations carry no fast-math flag: what is written is what is computed, in the
+order in which it is written, so that a token's bits do not depend on the shape of the tile that
+it was computed in. A fused multiply-add is asked for by name (`Emitter.fma`).
 """
 
 from __future__ import annotations
@@ -204,7 +205,9 @@ class Emitter:
         self.builder.call(pointer, [argument.value for argument in arguments])
 
     def call_c(self, name: str, result: ir.Type, *arguments: Value, variadic: int = -1) -> Value:
-        """Calls a C function of the process; from the `variadic`-th argument on it takes any number."""
+        """Calls a C function of the process; from the `variadic`-th argument on it takes any
+        number.
+        """
         types = [argument.type for argument in arguments]
         fixed = types if variadic < 0 else types[:variadic]
         function = self._declare(name, ir.FunctionType(result, fixed, var_arg=variadic >= 0))
@@ -252,9 +255,15 @@ class Emitter:
 
     def load(self, address: Value, type_: ir.Type = I64, align: int | None = None) -> Value:
         if align is None:
-            align = 1 if isinstance(type_, ir.VectorType) else type_.width // 8 if (
-                isinstance(type_, ir.IntType)
-            ) else 4 if isinstance(type_, ir.FloatType) else 2
+            align = (
+                1
+                if isinstance(type_, ir.VectorType)
+                else type_.width // 8
+                if (isinstance(type_, ir.IntType))
+                else 4
+                if isinstance(type_, ir.FloatType)
+                else 2
+            )
         return Value(self, self.builder.load(self._pointer(address, type_), align=align))
 
     def store(self, address: Value, value: Value, align: int = 1) -> None:
@@ -280,7 +289,9 @@ class Emitter:
     def atomic_add(self, address: Value, value: Value) -> None:
         self.builder.atomic_rmw("add", self._pointer(address, value.type), value.value, "seq_cst")
 
-    def compare_exchange(self, address: Value, expected: Value, desired: Value) -> tuple[Value, Value]:
+    def compare_exchange(
+        self, address: Value, expected: Value, desired: Value
+    ) -> tuple[Value, Value]:
         """Returns what lay there and whether `desired` took its place."""
         pointer = self._pointer(address, expected.type)
         pair = self.builder.cmpxchg(pointer, expected.value, desired.value, "acq_rel", "acquire")
@@ -378,7 +389,9 @@ class Emitter:
         return self.intrinsic(f"{name}.{_mangled(left.type)}", left.type, left, right, addend)
 
     def half_to_float(self, half: Value) -> Value:
-        """float16 bits (int16 lanes) as float32. Without F16C by integers: LLVM would call a library."""
+        """float16 bits (int16 lanes) as float32. Without F16C by integers: LLVM would call a
+        library.
+        """
         lanes = half.type.count
         if self.target.has_f16:
             return self.cast(self.bitcast(half, vector(F16, lanes)), vector(F32, lanes), "fpext")

@@ -1,8 +1,8 @@
 """The records that kernels read: fields of 64 bits, by number.
 
-`machine/program.py` writes them, the kernels read them through `Record`; both sides use the names here.
-Every kernel of a moment has one signature: `kernel(moment, batch, thread, first, last)`, the tiles `first..last` of
-the moment for one thread.
+`machine/program.py` writes them, the kernels read them through `Record`; both sides use the names
+here. Every kernel of a moment has one signature: `kernel(moment, batch, thread, first, last)`,
+the tiles `first..last` of the moment for one thread.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ THREAD = ("scratch", "private")
 
 EMBED = ("row_kernel", "table", "tile_bytes", "columns", "out", "out_stride")
 NORM = (
-    "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride", "of_logits", "out_private",
+    "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride",
+    "of_logits", "out_private",
 )  # fmt: skip
 QUANTIZE = ("x", "x_stride", "x_private", "columns", "out", "out_stride", "out_private")
 LINEAR = (
-    "x", "x_stride", "x_private", "columns", "out", "out_stride", "add_to_out", "of_logits", "num_parts",
+    "x", "x_stride", "x_private", "columns", "out", "out_stride",
+    "add_to_out", "of_logits", "num_parts",
 )  # fmt: skip
 LINEAR_PART = ("tile_kernel", "weights", "tile_bytes", "num_tiles", "out_offset", "bias")
 GATED = (
@@ -75,6 +77,3 @@ class Record:
 def load_int32(emitter: Emitter, address: Value, index: Value) -> Value:
     """An element of an int32 array, as int64."""
     return emitter.cast(emitter.load(address + index * 4, I32), I64, "sext")
-
-
-

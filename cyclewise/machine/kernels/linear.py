@@ -1,8 +1,9 @@
 """Moments that multiply by weights: which tiles, for how many tokens, and what becomes of the sums.
 
-`linear` runs over the tiles of one or more matrices that share an input (query, key and value) and writes or adds the sums,
-with a bias where there is one; `gated` takes tile i of the gate and of the up projection and writes silu(gate) * up
-(SwiGLU: Shazeer, 2020). The arithmetic is in `matmul.py`, called by address: the formats may be mixed.
+`linear` runs over the tiles of one or more matrices that share an input (query, key and value)
+and writes or adds the sums, with a bias where there is one; `gated` takes tile i of the gate and
+of the up projection and writes silu(gate) * up (SwiGLU: Shazeer, 2020). The arithmetic is in
+`matmul.py`, called by address: the formats may be mixed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ SUMS_BYTES = MAX_BATCH_TOKENS * LANES * 4
 def _linear(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, b, t = Record(emitter, moment, LINEAR), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    m, b, t = (
+        Record(emitter, moment, LINEAR),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
     floats = vector(F32, LANES)
     tokens = emitter.variable(b.num_tokens)
     with emitter.when(m.of_logits.differs(0)):
@@ -32,7 +37,9 @@ def _linear(
     scratch = sums + 2 * SUMS_BYTES
     before = emitter.variable(emitter.constant(0))
     with emitter.range(0, m.num_parts) as index:
-        part = Record(emitter, moment + 8 * len(LINEAR) + index * (8 * len(LINEAR_PART)), LINEAR_PART)
+        part = Record(
+            emitter, moment + 8 * len(LINEAR) + index * (8 * len(LINEAR_PART)), LINEAR_PART
+        )
         begin = first - before.get()
         begin = (begin < 0).select(emitter.constant(0), begin)
         end = last - before.get()
@@ -47,22 +54,23 @@ def _linear(
                 initial.set(emitter.load(part.bias + tile * 64, floats))
             bias = initial.get()
             out = m.out + part.out_offset + tile * 64
-            with emitter.when(m.add_to_out.differs(0)):
-                with emitter.range(0, count) as token:
-                    to = out + token * m.out_stride
-                    value = emitter.load(sums + token * 64, floats) + bias
-                    emitter.store(to, emitter.load(to, floats) + value)
-            with emitter.when(m.add_to_out.equals(0)):
-                with emitter.range(0, count) as token:
-                    value = emitter.load(sums + token * 64, floats) + bias
-                    emitter.store(out + token * m.out_stride, value)
+            with emitter.range(0, count) as token:
+                to = out + token * m.out_stride
+                value = emitter.variable(emitter.load(sums + token * 64, floats) + bias)
+                with emitter.when(m.add_to_out.differs(0)):
+                    value.set(emitter.load(to, floats) + value.get())
+                emitter.store(to, value.get())
         before.add(part.num_tiles)
 
 
 def _gated(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, b, t = Record(emitter, moment, GATED), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    m, b, t = (
+        Record(emitter, moment, GATED),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
     floats = vector(F32, LANES)
     count = b.num_tokens
     x = m.x + t.private * m.x_private

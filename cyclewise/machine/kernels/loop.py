@@ -1,13 +1,15 @@
 """The loop that executes a program, and the threads' life around it.
 
-`execute(step, thread)` walks the moments of a step. Threads claim tiles from counters, their own share first, then the
-others', and a moment is over when its tiles are done, not when its threads have arrived: a thread that the operating
-system has put to sleep holds nobody up. A counter is one word, `epoch << 32 | next`; a claim is a compare-and-swap
-that carries the step's epoch, so that a thread which slept through steps finds nothing to claim, and nobody has to reset a
-counter. A *replicated* moment is one that every thread computes for itself, because that costs less than handing it over.
+`execute(step, thread)` walks the moments of a step. Threads claim tiles from counters, their own
+share first, then the others', and a moment is over when its tiles are done, not when its threads
+have arrived: a thread that the operating system has put to sleep holds nobody up. A counter is
+one word, `epoch << 32 | next`; a claim is a compare-and-swap that carries the step's epoch, so
+that a thread which slept through steps finds nothing to claim, and nobody has to reset a counter.
+A *replicated* moment is one that every thread computes for itself, because that costs less than
+handing it over.
 
-`work(step, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it returns when the epoch's word
-becomes `STOP`. Waiting spins, then yields, then parks.
+`work(step, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it
+returns when the epoch's word becomes `STOP`. Waiting spins, then yields, then parks.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def _yield(emitter: Emitter) -> None:
 
 
 def _park(emitter: Emitter, address: Value, epoch: Value) -> None:
-    """Sleeps until the low half of the epoch at `address` is no longer `epoch`, or for no reason."""
+    """Sleeps while the low half of the word at `address` is `epoch`; may wake for no reason."""
     if _FUTEX:
         expected = epoch & 0xFFFFFFFF
         wait_private, none = emitter.constant(128), emitter.constant(0)
@@ -148,7 +150,16 @@ def _post(emitter: Emitter, step: Value, epoch: Value, sleepers: Value) -> None:
             wake_private, all_of_them = emitter.constant(129), emitter.constant(0x7FFFFFFF)
             none, number = emitter.constant(0), emitter.constant(_FUTEX)
             emitter.call_c(
-                "syscall", I64, number, step, wake_private, all_of_them, none, none, none, variadic=1
+                "syscall",
+                I64,
+                number,
+                step,
+                wake_private,
+                all_of_them,
+                none,
+                none,
+                none,
+                variadic=1,
             )
 
 

@@ -19,7 +19,9 @@ def round_to_int(emitter: Emitter, value: Value) -> Value:
 
 
 def exp(emitter: Emitter, x: Value) -> Value:
-    """e**x of float32 lanes, within 2 units in the last place; exactly 1 at 0, exactly 0 below -87."""
+    """e**x of float32 lanes, within 2 units in the last place; exactly 1 at 0, exactly 0 below
+    -87.
+    """
     floats = x.type
     lanes = floats.count
     low = emitter.constant(-87.0, floats)

@@ -1,14 +1,16 @@
 """Matrix kernels: one tile of 16 weight rows times any number of tokens.
 
-`tile_<format>(weights, columns, x, x_stride, num_tokens, sums, scratch)` writes float32 `sums[token][16]`. Few tokens
-read the packed weights directly; many tokens unpack them first, 1,024 columns at a time, into `scratch` (bytes and
-float32 scales), where they serve every token. Either way a token's sum runs over the groups in order:
+`tile_<format>(weights, columns, x, x_stride, num_tokens, sums, scratch)` writes float32
+`sums[token][16]`. Few tokens read the packed weights directly; many tokens unpack them first,
+1,024 columns at a time, into `scratch` (bytes and float32 scales), where they serve every token.
+Either way a token's sum runs over the groups in order:
 
     sum = fma(scale * x_scale, float(dot), sum);  sum = fma(minimum, x_scaled_sum, sum)
 
 so its bits do not depend on how many tokens come with it.
 
-`row_<format>(weights, columns, row, out, scratch)` writes one row of a tile as float32: an embedding.
+`row_<format>(weights, columns, row, out, scratch)` writes one row of a tile as float32: an
+embedding.
 """
 
 from __future__ import annotations
@@ -78,7 +80,13 @@ class _BlockMatmul:
         unpack = emitter.function("unpack", 3, self._unpack, exported=False)
 
         def tile(
-            weights: Value, columns: Value, x: Value, stride: Value, tokens: Value, sums: Value, scratch: Value
+            weights: Value,
+            columns: Value,
+            x: Value,
+            stride: Value,
+            tokens: Value,
+            sums: Value,
+            scratch: Value,
         ) -> None:
             groups = columns >> 5
 
@@ -140,7 +148,12 @@ class _BlockMatmul:
             emitter.store(out + step * 16, value)
 
     def _accumulate(
-        self, sums: list[Variable], dots: list[Value], x: list[Value], scale: Value, minimum: Value | None
+        self,
+        sums: list[Variable],
+        dots: list[Value],
+        x: list[Value],
+        scale: Value,
+        minimum: Value | None,
     ) -> None:
         emitter, lanes = self.emitter, self.lanes
         for total, dot, address in zip(sums, dots, x, strict=True):
@@ -151,7 +164,9 @@ class _BlockMatmul:
                 value = emitter.fma(minimum, scaled_sum, value)
             total.set(value)
 
-    def _direct(self, tokens: int, weights: Value, groups: Value, x: Value, stride: Value, out: Value) -> None:
+    def _direct(
+        self, tokens: int, weights: Value, groups: Value, x: Value, stride: Value, out: Value
+    ) -> None:
         emitter, kind = self.emitter, self.kind
         zero = emitter.constant(0.0, vector(F32, self.lanes))
         sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(self.parts)]
@@ -213,7 +228,9 @@ class _BlockMatmul:
 
         self._over_groups(weights, groups, group)
 
-    def _panel(self, tokens: int, codes: Value, groups: Value, x: Value, stride: Value, out: Value) -> None:
+    def _panel(
+        self, tokens: int, codes: Value, groups: Value, x: Value, stride: Value, out: Value
+    ) -> None:
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
         floats, words = vector(F32, self.lanes), vector(I32, self.lanes)
         sums = [emitter.variable(emitter.load(out + i * 64, floats)) for i in range(tokens)]
@@ -236,7 +253,9 @@ class _BlockMatmul:
 
 
 class _FloatMatmul:
-    """Writes the unit of a float format: float32 activations, one fused multiply-add a column, in order."""
+    """Writes the unit of a float format: float32 activations, one fused multiply-add a column, in
+    order.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -245,13 +264,22 @@ class _FloatMatmul:
         tiles = tuple(tile for tile in emitter.target.token_tiles if tile <= 8)
         functions = {
             tile: emitter.function(
-                f"float_{tile}", 5, lambda *a, tile=tile: self._tile(emitter, tile, *a), exported=False
+                f"float_{tile}",
+                5,
+                lambda *a, tile=tile: self._tile(emitter, tile, *a),
+                exported=False,
             )
             for tile in tiles
         }
 
         def tile(
-            weights: Value, columns: Value, x: Value, stride: Value, tokens: Value, sums: Value, _: Value
+            weights: Value,
+            columns: Value,
+            x: Value,
+            stride: Value,
+            tokens: Value,
+            sums: Value,
+            _: Value,
         ) -> None:
             def call(count: int, first: Value) -> None:
                 at = x + first * stride
@@ -269,7 +297,14 @@ class _FloatMatmul:
         emitter.function(f"row_{self.name}", 5, row)
 
     def _tile(
-        self, emitter: Emitter, tokens: int, weights: Value, columns: Value, x: Value, stride: Value, out: Value
+        self,
+        emitter: Emitter,
+        tokens: int,
+        weights: Value,
+        columns: Value,
+        x: Value,
+        stride: Value,
+        out: Value,
     ) -> None:
         lanes, size = emitter.target.lanes, FLOAT_FORMATS[self.name]
         parts = ROWS // lanes
@@ -277,7 +312,10 @@ class _FloatMatmul:
         sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(parts)]
         with emitter.range(0, columns) as column:
             at = weights + column * (ROWS * size)
-            found = [load_floats(emitter, self.name, at + part * lanes * size, lanes) for part in range(parts)]
+            found = [
+                load_floats(emitter, self.name, at + part * lanes * size, lanes)
+                for part in range(parts)
+            ]
             for i in range(tokens):
                 value = emitter.broadcast(x + stride * i + column * 4, F32, lanes)
                 for part in range(parts):

@@ -1,8 +1,9 @@
 """Repacking: from a file's blocks to tiles of 16 rows, bit for bit.
 
-`pack_<format>(source, row_bytes, rows, num_rows, columns, out, first, last)` writes the tiles `first..last` of a matrix
-whose file rows lie at `source`; row i of the packed matrix is row `rows[i]` (int32) of the file. Rows beyond
-`num_rows` are zero. The layouts are those of `blocks.py`; the source's are ggml's.
+`pack_<format>(source, row_bytes, rows, num_rows, columns, out, first, last)` writes the tiles
+`first..last` of a matrix whose file rows lie at `source`; row i of the packed matrix is row
+`rows[i]` (int32) of the file. Rows beyond `num_rows` are zero. The layouts are those of
+`blocks.py`; the source's are ggml's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import load_int32
 
 SOURCE_BLOCK = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
+    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
     "Q5_0": (32, 22), "Q4_K": (256, 144), "Q6_K": (256, 210),
 }  # fmt: skip
 """Columns and bytes of a file's block."""
@@ -84,7 +86,7 @@ def _q4_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
     for pair in range(4):
         low, high = (emitter.load(source + 16 + pair * 32 + 16 * i, half) for i in (0, 1))
         for odd in (0, 1):
-            first, second = ((low >> 4, high >> 4) if odd else (low & 15, high & 15))
+            first, second = (low >> 4, high >> 4) if odd else (low & 15, high & 15)
             codes = (first & 15) | (second << 4)
             _store_steps(emitter, codes, to + (2 * pair + odd) * 256 + lane * 4)
 
@@ -121,8 +123,8 @@ def pack_unit(name: str) -> Unit:
 
     def write(emitter: Emitter) -> None:
         def pack(
-            source: Value, row_bytes: Value, rows: Value, num_rows: Value, columns: Value, out: Value,
-            first: Value, last: Value,
+            source: Value, row_bytes: Value, rows: Value, num_rows: Value, columns: Value,
+            out: Value, first: Value, last: Value,
         ) -> None:  # fmt: skip
             blocks = columns // columns_of_block
             block_bytes = block_shape(name)[1]

@@ -1,7 +1,9 @@
-"""Kernels that take tokens one by one: embedding, RMSNorm, quantizing activations, RoPE and the KV cache's writing.
+"""Kernels that take tokens one by one: embedding, RMSNorm, quantizing activations, RoPE and the
+KV cache's writing.
 
-A tile is a token (for the last norm, a row of logits). RMSNorm: Zhang and Sennrich, 2019. RoPE: Su et al., 2021, with the
-halves of a head as pairs; weights whose file pairs neighbours are reordered when they are packed.
+A tile is a token (for the last norm, a row of logits). RMSNorm: Zhang and Sennrich, 2019. RoPE:
+Su et al., 2021, with the halves of a head as pairs; weights whose file pairs neighbours are
+reordered when they are packed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ LANES = 16
 def _embed(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, b, t = Record(emitter, moment, EMBED), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    m, b, t = (
+        Record(emitter, moment, EMBED),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
     with emitter.range(first, last) as token:
         token_id = load_int32(emitter, b.token_ids, token)
         tile = m.table + (token_id >> 4) * m.tile_bytes
@@ -45,7 +51,11 @@ def _embed(
 def _norm(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, b, t = Record(emitter, moment, NORM), Record(emitter, batch, BATCH), Record(emitter, thread, THREAD)
+    m, b, t = (
+        Record(emitter, moment, NORM),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
     floats = vector(F32, LANES)
     with emitter.range(first, last) as row:
         source = emitter.variable(row)
@@ -100,15 +110,19 @@ def _quantize(
 def _rope(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    """Rotates and scales the queries in place; writes rotated keys and the values, as float16, to the cache.
+    """Rotates and scales the queries in place; writes rotated keys and the values, as float16, to
+    the cache.
 
-    A page of keys of a layer is (kv_heads, head_dim, PAGE_TOKENS), of values (kv_heads, PAGE_TOKENS, padded_head_dim).
+    A page of keys of a layer is (kv_heads, head_dim, PAGE_TOKENS), of values (kv_heads,
+    PAGE_TOKENS, padded_head_dim).
     """
     m, b = Record(emitter, moment, ROPE), Record(emitter, batch, BATCH)
     head_bytes, half = m.head_dim * 4, m.rope_dim // 2
     value_bytes = m.padded_head_dim * 2
 
-    def rotate(head: Value, angles: tuple[Value, Value], lanes: int, at: Value, factor: Value) -> None:
+    def rotate(
+        head: Value, angles: tuple[Value, Value], lanes: int, at: Value, factor: Value
+    ) -> None:
         floats = vector(F32, lanes)
         cosine, sine = (emitter.load(table + at * 4, floats) for table in angles)
         wide = emitter.splat(factor, lanes)
@@ -130,7 +144,9 @@ def _rope(
     def to_cache(value: Value) -> Value:
         """float16 bits; what float16 cannot hold becomes its largest value, never infinite."""
         limit = emitter.constant(65504.0, value.type)
-        kept = emitter.maximum(emitter.minimum(value, limit), emitter.constant(-65504.0, value.type))
+        kept = emitter.maximum(
+            emitter.minimum(value, limit), emitter.constant(-65504.0, value.type)
+        )
         return emitter.float_to_half(kept)
 
     with emitter.range(first, last) as token:

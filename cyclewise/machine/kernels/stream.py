@@ -1,7 +1,7 @@
 """Reading memory as fast as it comes: the probe that decode is measured against.
 
-A tile is TILE_BYTES of the buffer; each is read once, by vector loads, with prefetches ahead, and nothing is written
-but one value a call.
+A tile is TILE_BYTES of the buffer; each is read once, by vector loads, with prefetches ahead, and
+nothing is written but one value a call.
 """
 
 from __future__ import annotations

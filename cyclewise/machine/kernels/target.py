@@ -1,7 +1,8 @@
 """What this processor can do: the one file that asks.
 
-`host_target()` chooses among three instruction sets. `CYCLEWISE_TARGET` (`avx512`, `avx2`, `plain`) restricts the choice,
-for tests and for comparing; a restriction that the processor cannot meet is an error.
+`host_target()` chooses among three instruction sets. `CYCLEWISE_TARGET` (`avx512`, `avx2`,
+`plain`) restricts the choice, for tests and for comparing; a restriction that the processor
+cannot meet is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ class Target:
     """A processor to compile for."""
 
     name: str
-    """`avx512` (VPDPBUSD on 512 bits), `avx2` (VPMADDUBSW on 256), or `plain` (what LLVM makes of vectors)."""
+    """`avx512` (VPDPBUSD on 512 bits), `avx2` (VPMADDUBSW on 256), or `plain` (what LLVM makes of
+    vectors).
+    """
     cpu: str
     """LLVM's name of the processor."""
     features: str
@@ -59,7 +62,8 @@ def host_target() -> Target:
     name = wanted or able[0]
     if name not in able:
         raise InvalidParameterError(
-            f"CYCLEWISE_TARGET is {wanted}, which this processor ({cpu}) cannot run; it can run {', '.join(able)}."
+            f"CYCLEWISE_TARGET is {wanted}, which this processor ({cpu}) cannot run; "
+            f"it can run {', '.join(able)}."
         )
     if name == able[0] and name != "plain":
         return make_target(name, cpu, features.flatten())
