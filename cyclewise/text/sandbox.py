@@ -31,7 +31,7 @@ MAX_SECONDS = 1.0
 
 _MAX_BYTES = 1 << 21  # of one string, or of all strings in one list
 _MAX_TOTAL_BYTES = 1 << 27  # of all strings that one rendering makes
-_MAX_ITEMS = 200_000  # of one list, with all that is nested in it
+_MAX_ITEMS = 100_000  # of one list, with all that is nested in it
 _MAX_NESTING = 32
 _MAX_WIDTH = 1000  # of a format, an indentation or a justified string
 _MAX_BITS = 1 << 14  # of an integer

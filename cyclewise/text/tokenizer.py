@@ -85,7 +85,7 @@ class Tokenizer:
     @property
     def add_bos(self) -> bool:
         """Whether a sequence begins with the BOS token."""
-        return self._vocabulary.add_bos and self.bos_id is not None
+        return self._vocabulary.add_bos
 
     @property
     def control_tokens(self) -> tuple[str, ...]:

@@ -104,7 +104,7 @@ class Vocabulary:
     eos_id: int | None
     unknown_id: int | None
     stop_ids: frozenset[int]  # tokens that end a generation
-    add_bos: bool
+    add_bos: bool  # never without a BOS
     add_eos: bool
     add_space_prefix: bool
     merge_spaces: bool  # unigram only: runs of spaces count as one
@@ -244,6 +244,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         if special_id is not None and types[special_id] == TokenType.USER_DEFINED:
             types[special_id] = TokenType.CONTROL
 
+    add_bos = reader.flag("add_bos_token", kind == "llama" or pre in _BOS_BY_DEFAULT)
+    add_eos = reader.flag("add_eos_token", kind == "t5")
     model_name = metadata.get("general.name")
     is_phi3 = isinstance(model_name, str) and any(n in model_name.lower() for n in _PHI3_NAMES)
     return Vocabulary(
@@ -259,8 +261,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         eos_id=eos_id,
         unknown_id=unknown_id,
         stop_ids=frozenset(stop_ids),
-        add_bos=reader.flag("add_bos_token", kind == "llama" or pre in _BOS_BY_DEFAULT),
-        add_eos=reader.flag("add_eos_token", kind == "t5"),
+        add_bos=add_bos and bos_id is not None,
+        add_eos=add_eos and eos_id is not None,
         # llama.cpp reads this key for byte-level files too, and then ignores it.
         add_space_prefix=reader.flag("add_space_prefix", kind == "llama") and kind != "gpt2",
         merge_spaces=reader.flag("remove_extra_whitespaces", False),
