@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The user's cache folder: `CYCLEWISE_CACHE`, or the platform's own place. It may not exist yet."""
+    """The user's cache folder: `CYCLEWISE_CACHE`, or the platform's own. It may not exist yet."""
     override = os.environ.get("CYCLEWISE_CACHE")
     if override:
         return Path(override).expanduser()

@@ -8,6 +8,7 @@ go at once, so that the model is in memory only once. All cores pack.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cyclewise.errors import ModelFileError
+from cyclewise.errors import InvalidParameterError, ModelFileError
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.weights.gguf import GGUFFile, Tensor
@@ -28,7 +29,17 @@ def allocate(num_bytes: int) -> NDArray[np.uint8]:
     touched.
     """
     size = -(-max(num_bytes, 1) // _HUGE_PAGE) * _HUGE_PAGE
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    try:
+        # Private: shared memory, Python's default, would get no huge pages.
+        private = (
+            {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+        )
+        memory = mmap.mmap(-1, size + _HUGE_PAGE, **private)
+    except (OSError, ValueError, OverflowError) as error:
+        raise InvalidParameterError(
+            f"The system does not give {num_bytes / 1e9:.1f} GB of memory ({error}); "
+            "try a smaller context or a smaller model."
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = np.frombuffer(memory, np.uint8)

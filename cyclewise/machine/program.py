@@ -174,7 +174,8 @@ class Builder:
     def _add(
         self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...],
         values: dict[str, int], tiles: Tiles | int, *, tail: Sequence[int] = (),
-        tiles_per_block: int = 1, replicable: bool = False, weight_bytes: int = 0, of_logits: bool = False,
+        tiles_per_block: int = 1, replicable: bool = False, weight_bytes: int = 0,
+        of_logits: bool = False,
     ) -> None:  # fmt: skip
         assert values.keys() == set(fields), values.keys() ^ set(fields)
         record = np.array([*(values[field_] for field_ in fields), *tail], np.int64)
