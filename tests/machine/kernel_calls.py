@@ -1,0 +1,170 @@
+"""How the kernels' tests call kernels: records by name, random blocks, packing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
+from cyclewise.machine.kernels.compiler import Unit, callable_at, host_compiler
+from cyclewise.machine.kernels.layout import THREAD
+from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
+from cyclewise.machine.kernels.pack import pack_unit
+from cyclewise.machine.kernels.target import host_target
+
+FLOAT_FORMATS = ("F32", "F16", "BF16")
+BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
+FORMATS = FLOAT_FORMATS + BLOCK_FORMATS
+
+FUSED = host_target().name != "plain" or platform.machine().lower() not in ("x86_64", "amd64")
+"""Whether the kernels' fused multiply-adds are: the plain x86 target has no instruction for them."""
+
+GUARD = 64
+"""Bytes behind a buffer that nobody may write."""
+
+
+def kernel(unit: Unit, name: str, num_arguments: int = 5) -> Callable[..., None]:
+    """A function of a unit, to be called with integers and arrays."""
+    host_compiler().load([unit])
+    function = callable_at(host_compiler().address(name), num_arguments)
+
+    def call(*arguments: Any) -> None:
+        function(*(a.ctypes.data if isinstance(a, np.ndarray) else a for a in arguments))
+
+    return call
+
+
+def address(unit: Unit, name: str) -> int:
+    host_compiler().load([unit])
+    return host_compiler().address(name)
+
+
+def record(fields: Sequence[str], **values: Any) -> NDArray[np.int64]:
+    """A kernel's record; what is not given is 0, an array is its address, a float its bits."""
+    unknown = values.keys() - set(fields)
+    assert not unknown, unknown
+    return np.array([_field(values.get(name, 0)) for name in fields], np.int64)
+
+
+def _field(value: Any) -> int:
+    if isinstance(value, np.ndarray):
+        return int(value.ctypes.data)
+    if isinstance(value, float):
+        return int(np.float32(value).view(np.int32))
+    return int(value)
+
+
+class Thread:
+    """A thread's record with scratch of exactly the size asked for, and a guard behind it."""
+
+    def __init__(self, scratch_bytes: int, private: int = 0) -> None:
+        self._scratch = guarded(scratch_bytes)
+        self.record = record(THREAD, scratch=self._scratch, private=private)
+
+    def check(self) -> None:
+        check_guard(self._scratch)
+
+
+def guarded(num_bytes: int) -> NDArray[np.uint8]:
+    """`num_bytes` and a guard behind them."""
+    return np.full(num_bytes + GUARD, 0xA5, np.uint8)
+
+
+def check_guard(buffer: NDArray[np.uint8]) -> None:
+    assert (buffer[-GUARD:] == 0xA5).all(), "something was written behind a buffer"
+
+
+# Weights
+
+
+def row_bytes(format_name: str, columns: int) -> int:
+    from cyclewise.weights.formats import FORMATS as known
+
+    found = known[format_name]
+    return columns // found.block_size * found.block_bytes
+
+
+def random_halves(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Any finite float16: normal, subnormal, zero, of both signs; bytes in the last axis."""
+    words = rng.integers(0, 0x7C00, shape).astype(np.uint16)
+    words |= (rng.integers(0, 2, shape) << 15).astype(np.uint16)
+    return words[..., None].view(np.uint8)
+
+
+def random_rows(
+    rng: np.random.Generator, format_name: str, rows: int, columns: int, scale: float | None = None
+) -> NDArray[np.uint8]:
+    """A file's rows: random codes, scales that are any finite float16, or small ones if `scale` is given.
+
+    uint8 (rows, row bytes).
+    """
+    if format_name in FLOAT_FORMATS:
+        values = rng.standard_normal((rows, columns)).astype(np.float32) * (scale or 1.0)
+        if format_name == "F32":
+            return values.view(np.uint8).reshape(rows, -1)
+        if format_name == "F16":
+            if scale is None:
+                return random_halves(rng, (rows, columns)).reshape(rows, -1)
+            return values.astype(np.float16).view(np.uint8).reshape(rows, -1)
+        words = (values.view(np.uint32) >> 16).astype(np.uint16)
+        return words.view(np.uint8).reshape(rows, -1)
+    block_columns, block_bytes, halves = {
+        "Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)),
+        "Q5_0": (32, 22, (0,)), "Q4_K": (256, 144, (0, 2)), "Q6_K": (256, 210, (208,)),
+    }[format_name]  # fmt: skip
+    shape = (rows, columns // block_columns)
+    data = rng.integers(0, 256, (*shape, block_bytes)).astype(np.uint8)
+    for at in halves:
+        if scale is None:
+            data[..., at : at + 2] = random_halves(rng, shape)
+        else:
+            small = (scale * rng.uniform(0.5, 1.5, shape)).astype(np.float16)
+            data[..., at : at + 2] = small[..., None].view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+def pack(
+    format_name: str, data: NDArray[np.uint8], columns: int, order: NDArray[np.int32] | None = None
+) -> NDArray[np.uint8]:
+    """Packed tiles with a guard behind them."""
+    rows = len(data)
+    order = np.arange(rows, dtype=np.int32) if order is None else order
+    tiles = -(-rows // ROWS)
+    out = guarded(tiles * tile_bytes(format_name, columns))
+    out[:-GUARD] = 0
+    run = kernel(pack_unit(format_name), f"pack_{format_name}", 8)
+    # Any split into ranges of tiles gives the whole.
+    middle = tiles // 2
+    for first, last in ((middle, tiles), (0, middle)):
+        run(data, data.shape[1], order, rows, columns, out, first, last)
+    check_guard(out)
+    return out
+
+
+def packed_row(
+    format_name: str, packed: NDArray[np.uint8], columns: int, row: int
+) -> NDArray[np.float32]:
+    """Row `row` of packed tiles as float32."""
+    out, scratch = guarded(columns * 4), guarded(SCRATCH_BYTES)
+    tile = packed.ctypes.data + row // ROWS * tile_bytes(format_name, columns)
+    run = kernel(matmul_unit(format_name), f"row_{format_name}", 5)
+    run(tile, columns, row % ROWS, out, scratch)
+    check_guard(out)
+    check_guard(scratch)
+    return out[:-GUARD].view(np.float32)
+
+
+def tile_sums(
+    format_name: str, tile: NDArray[np.uint8], columns: int, x: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """(tokens, 16): a tile's rows times the rows of x, uint8 (tokens, bytes of a token as the kernel reads them)."""
+    sums, scratch = guarded(len(x) * ROWS * 4), guarded(SCRATCH_BYTES)
+    run = kernel(matmul_unit(format_name), f"tile_{format_name}", 7)
+    run(tile, columns, x, x.strides[0], len(x), sums, scratch)
+    check_guard(sums)
+    check_guard(scratch)
+    return sums[:-GUARD].view(np.float32).reshape(len(x), ROWS)

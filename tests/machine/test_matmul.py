@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cyclewise.machine.kernels.matmul import UNPACK_FROM
+from tests import naive
+from tests.machine.kernel_calls import (
+    BLOCK_FORMATS,
+    FLOAT_FORMATS,
+    FORMATS,
+    FUSED,
+    pack,
+    random_rows,
+    tile_sums,
+)
+
+# Around every tile width (1, 2, 4, 8, 12), their sums, and where unpacking begins.
+TOKENS = sorted({1, 2, 3, 4, 5, 7, 8, UNPACK_FROM - 1, UNPACK_FROM, 11, 12, 13, 16, 23, 25, 31})
+
+
+def packed_activations(format_name, x):
+    """The rows that a kernel of that format reads, as bytes, with a stride of their own."""
+    quantized = naive.is_quantized(format_name)
+    rows = naive.quantize(x).pack() if quantized else x.view(np.uint8)
+    out = np.full((len(x), rows.shape[1] + 64), 0x5A, np.uint8)
+    out[:, : rows.shape[1]] = rows
+    return out
+
+
+def check(format_name, data, x, token_counts):
+    """The kernel gives the twin's bits, for every number of tokens."""
+    columns = x.shape[1]
+    tile, rows = pack(format_name, data, columns), packed_activations(format_name, x)
+    want = naive.matmul(format_name, data, x, fused=FUSED)
+    for count in token_counts:
+        got = tile_sums(format_name, tile, columns, rows[:count])
+        np.testing.assert_array_equal(got[:, : len(data)], want[:count])
+        np.testing.assert_array_equal(got[:, len(data) :], 0)
+    return want
+
+
+def float_inputs(rng, tokens, columns):
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    return x * np.exp(rng.standard_normal((tokens, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("columns", [256, 1024, 1280, 2304])
+@pytest.mark.parametrize("format_name", BLOCK_FORMATS)
+def test_blocks_times_every_number_of_tokens(format_name, columns):
+    """Columns of one panel, a whole one, one and a bit, and two and a bit."""
+    rng = np.random.default_rng(columns)
+    data = random_rows(rng, format_name, 16, columns, 0.01)
+    token_counts = TOKENS if columns == 1280 else (1, 3, 8, 9, 25)
+    check(format_name, data, float_inputs(rng, max(token_counts), columns), token_counts)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 1056])
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+def test_blocks_of_a_few_groups(format_name, columns):
+    rng = np.random.default_rng(columns)
+    data = random_rows(rng, format_name, 11, columns, 0.01)
+    check(format_name, data, float_inputs(rng, 13, columns), (1, 2, 4, 13))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 129])
+@pytest.mark.parametrize("format_name", FLOAT_FORMATS)
+def test_floats_times_every_number_of_tokens(format_name, columns):
+    rng = np.random.default_rng(columns)
+    data = random_rows(rng, format_name, 16, columns, 0.1)
+    token_counts = TOKENS if columns == 64 else (1, 3, 9)
+    check(format_name, data, float_inputs(rng, max(token_counts), columns), token_counts)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_any_finite_scales(format_name):
+    rng = np.random.default_rng(3)
+    data = random_rows(rng, format_name, 16, 512)
+    check(format_name, data, float_inputs(rng, 12, 512), (1, 4, 12))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_product_is_near_what_float64_gives(format_name):
+    rng = np.random.default_rng(4)
+    data = random_rows(rng, format_name, 16, 1024, 0.01)
+    x = float_inputs(rng, 6, 1024)
+    want = check(format_name, data, x, (6,))
+    weights = naive.dequantize(format_name, data).astype(np.float64)
+    seen = naive.quantize(x).values() if naive.is_quantized(format_name) else x
+    exact = seen.astype(np.float64) @ weights.T
+    size = np.abs(seen) @ np.abs(weights).T
+    assert (np.abs(want - exact) <= 1e-5 * size).all()
+
+
+def extreme_blocks(format_name, columns):
+    """16 rows: every code and small scale at its least, at its largest, by turns, or one half each; big scales are 1."""
+    rows = random_rows(np.random.default_rng(0), format_name, 16, columns, 0.01)
+    block_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q4_K": 144, "Q6_K": 210}
+    blocks = rows.reshape(16, -1, block_bytes[format_name])
+    halves = {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}.get(format_name, (0,))
+    fills = (0x00, 0xFF, 0x80, 0x7F, 0x0F, 0xF0, 0x81, 0x55)
+    for row in range(16):
+        fill = np.full(blocks.shape[1:], fills[row % 8], np.uint8)
+        if row >= 8:
+            fill[:, ::2] = fills[(row + 3) % 8]
+        blocks[row] = fill
+    if format_name == "Q6_K":  # every pair of extremes of codes and 8-bit scales
+        for row in range(16):
+            blocks[row, :, 192:208] = (0x80, 0x7F, 0x81, 0x00)[row // 4]
+            blocks[row, :, :192] = (0x00, 0xFF, 0x80, 0x7F)[row % 4]
+    for at in halves:
+        blocks[..., at : at + 2] = np.array([1.0], np.float16).view(np.uint8)
+    return blocks.reshape(16, -1)
+
+
+@pytest.mark.parametrize("format_name", BLOCK_FORMATS)
+def test_nothing_saturates(format_name):
+    """Extreme codes meet activations of +127 and -127: all, by turns, by halves of a group."""
+    columns = 512
+    signs = np.ones((12, columns), np.float32)
+    signs[1] = -1
+    signs[2, ::2] = -1
+    signs[3, 1::2] = -1
+    signs[4].reshape(-1, 16)[::2] = -1
+    signs[5].reshape(-1, 16)[1::2] = -1
+    signs[6].reshape(-1, 4)[::2] = -1
+    signs[7].reshape(-1, 2)[::2] = -1
+    signs[8:] = np.sign(np.random.default_rng(5).standard_normal((4, columns)))
+    x = signs * np.float32(127)
+    assert (np.abs(naive.quantize(x).codes) == 127).all()
+    check(format_name, extreme_blocks(format_name, columns), x, (1, 2, 4, 12))
+
+
+@pytest.mark.parametrize("format_name", BLOCK_FORMATS)
+def test_activations_of_nothing(format_name):
+    rng = np.random.default_rng(6)
+    data = random_rows(rng, format_name, 16, 256, 0.01)
+    x = np.zeros((9, 256), np.float32)
+    x[3, 40] = 1.0
+    x[4] = 1e-30
+    check(format_name, data, x, (1, 9))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_token_gets_the_same_bits_beside_any_others(format_name):
+    rng = np.random.default_rng(7)
+    columns = 1280
+    data = random_rows(rng, format_name, 16, columns, 0.01)
+    tile = pack(format_name, data, columns)
+    rows = packed_activations(format_name, float_inputs(rng, 40, columns))
+    alone = [tile_sums(format_name, tile, columns, rows[i : i + 1])[0] for i in range(40)]
+    for first, count in [(0, 40), (1, 3), (5, 7), (2, 8), (9, 9), (3, 12), (4, 13), (11, 29)]:
+        got = tile_sums(format_name, tile, columns, rows[first : first + count])
+        np.testing.assert_array_equal(got, np.array(alone[first : first + count]))

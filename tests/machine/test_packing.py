@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
+from tests import naive
+from tests.machine.kernel_calls import FORMATS, pack, packed_row, random_rows, row_bytes
+
+
+def dequantized(format_name, data):
+    """What the gguf package makes of a file's rows."""
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_the_twin_reads_blocks_as_the_gguf_package_does(format_name):
+    data = random_rows(np.random.default_rng(0), format_name, 5, 512)
+    np.testing.assert_allclose(
+        naive.dequantize(format_name, data), dequantized(format_name, data), rtol=3e-7
+    )
+
+
+@pytest.mark.parametrize("rows", [16, 5, 37])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_packed_row_is_the_files_row(format_name, rows):
+    rng = np.random.default_rng(rows)
+    for columns in (256, 768):
+        data = random_rows(rng, format_name, rows, columns)
+        order = rng.permutation(rows).astype(np.int32)
+        want, exact = dequantized(format_name, data), naive.dequantize(format_name, data)
+        for row_order in (None, order):
+            packed = pack(format_name, data, columns, row_order)
+            for row in range(rows):
+                source = row if row_order is None else order[row]
+                got = packed_row(format_name, packed, columns, row)
+                np.testing.assert_array_equal(got, exact[source])
+                # Q6_K: the gguf package rounds scale * sub-scale before it multiplies by the code.
+                np.testing.assert_array_max_ulp(
+                    got, want[source], 0 if format_name != "Q6_K" else 2
+                )
+
+
+@pytest.mark.parametrize("format_name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("columns", [1, 3, 100])
+def test_float_rows_have_any_number_of_columns(format_name, columns):
+    data = random_rows(np.random.default_rng(columns), format_name, 19, columns)
+    packed = pack(format_name, data, columns)
+    for row in range(19):
+        got = packed_row(format_name, packed, columns, row)
+        np.testing.assert_array_equal(got, naive.dequantize(format_name, data)[row])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_rows_beyond_the_last_are_zero(format_name):
+    data = random_rows(np.random.default_rng(1), format_name, 3, 256)
+    packed = pack(format_name, data, 256)
+    for row in range(3, ROWS):
+        np.testing.assert_array_equal(packed_row(format_name, packed, 256, row), np.zeros(256))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_packing_adds_at_most_three_percent(format_name):
+    assert tile_bytes(format_name, 4096) <= 1.03 * row_bytes(format_name, 4096) * ROWS

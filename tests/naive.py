@@ -1,0 +1,367 @@
+"""The slow, obvious twins of the kernels, in numpy: what every kernel must compute.
+
+Integer sums and whatever a kernel promises to the bit are repeated here in the same order; the rest is float64. The last part
+is a whole model (`Transformer`), written from the papers and from what GGUF files mean, without a look at the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+GROUP = 32
+"""Columns that share an activation's scale."""
+HALF_LIMIT = np.float32(65504.0)
+
+
+# Block formats: from ggml-common.h
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Decoded weights: `scale * sub_scale * code + minimum`, codes with their zero point taken away."""
+
+    codes: Integers  # (rows, groups, 32)
+    scale: Floats  # (rows, groups)
+    minimum: Floats | None  # (rows, groups)
+    sub_scales: Integers | None  # (rows, groups, 2): one for each half of a group
+
+    def values(self) -> Floats:
+        """float32 (rows, columns)."""
+        codes = self.codes
+        if self.sub_scales is not None:
+            codes = codes * np.repeat(self.sub_scales, 16, axis=2)
+        values = codes.astype(np.float32) * self.scale[:, :, None]
+        if self.minimum is not None:
+            values = values + self.minimum[:, :, None]
+        return values.reshape(len(values), -1)
+
+
+def _half(data: Bytes) -> Floats:
+    """float16 in the last two bytes' axis."""
+    return np.ascontiguousarray(data).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _nibbles(data: Bytes) -> Integers:
+    """16 bytes as 32 codes: the low halves are the first 16."""
+    return np.concatenate([data & 15, data >> 4], axis=-1).astype(np.int64)
+
+
+def _q4_0(block: Bytes) -> Blocks:
+    return Blocks(_nibbles(block[..., 2:]) - 8, _half(block[..., :2]), None, None)
+
+
+def _q4_1(block: Bytes) -> Blocks:
+    return Blocks(_nibbles(block[..., 4:]), _half(block[..., :2]), _half(block[..., 2:4]), None)
+
+
+def _q5_0(block: Bytes) -> Blocks:
+    fifth = np.unpackbits(block[..., 2:6], axis=-1, bitorder="little").astype(np.int64)
+    return Blocks((_nibbles(block[..., 6:]) | fifth << 4) - 16, _half(block[..., :2]), None, None)
+
+
+def _q8_0(block: Bytes) -> Blocks:
+    codes = block[..., 2:].astype(np.int8).astype(np.int64)
+    return Blocks(codes, _half(block[..., :2]), None, None)
+
+
+def _q4_k(block: Bytes) -> Blocks:
+    rows, num_blocks, _ = block.shape
+    d, d_min, packed = _half(block[..., :2]), _half(block[..., 2:4]), block[..., 4:16].astype(int)
+    codes = np.zeros((rows, num_blocks, 8, 32), np.int64)
+    scale = np.zeros((rows, num_blocks, 8), np.float32)
+    minimum = np.zeros((rows, num_blocks, 8), np.float32)
+    for group in range(8):
+        if group < 4:
+            s, m = packed[..., group] & 63, packed[..., group + 4] & 63
+        else:
+            s = (packed[..., group + 4] & 15) | (packed[..., group - 4] >> 6) << 4
+            m = packed[..., group + 4] >> 4 | (packed[..., group] >> 6) << 4
+        scale[..., group] = d * s.astype(np.float32)
+        minimum[..., group] = -(d_min * m.astype(np.float32))
+        both = block[..., 16 + group // 2 * 32 : 48 + group // 2 * 32]
+        codes[..., group, :] = both >> 4 if group % 2 else both & 15
+    return Blocks(
+        codes.reshape(rows, -1, 32), scale.reshape(rows, -1), minimum.reshape(rows, -1), None
+    )
+
+
+def _q6_k(block: Bytes) -> Blocks:
+    rows, num_blocks, _ = block.shape
+    low, high = block[..., :128].astype(int), block[..., 128:192].astype(int)
+    codes = np.zeros((rows, num_blocks, 256), np.int64)
+    for column in range(256):
+        side, within = divmod(column, 128)
+        quarter, place = divmod(within, 32)
+        nibble = low[..., side * 64 + quarter % 2 * 32 + place] >> (quarter // 2 * 4) & 15
+        codes[..., column] = (nibble | (high[..., side * 32 + place] >> 2 * quarter & 3) << 4) - 32
+    sub_scales = block[..., 192:208].astype(np.int8).astype(np.int64)
+    scale = np.repeat(_half(block[..., 208:210]), 8, axis=1)
+    return Blocks(
+        codes.reshape(rows, -1, 32), scale, None, sub_scales.reshape(rows, num_blocks * 8, 2)
+    )
+
+
+_DECODERS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
+    "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q8_0": (34, _q8_0),
+    "Q4_K": (144, _q4_k), "Q6_K": (210, _q6_k),
+}  # fmt: skip
+
+
+def is_quantized(format_name: str) -> bool:
+    return format_name in _DECODERS
+
+
+def decode(format_name: str, data: Bytes) -> Blocks:
+    """The blocks of a file's rows, uint8 (rows, row bytes)."""
+    block_bytes, decoder = _DECODERS[format_name]
+    return decoder(data.reshape(len(data), -1, block_bytes))
+
+
+def dequantize(format_name: str, data: Bytes) -> Floats:
+    """float32 (rows, columns) of a file's rows, uint8 (rows, row bytes), in any format."""
+    match format_name:
+        case "F32":
+            return data.view(np.float32)
+        case "F16":
+            return data.view(np.float16).astype(np.float32)
+        case "BF16":
+            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return decode(format_name, data).values()
+
+
+# Arithmetic
+
+
+def fma(left: Floats, right: Floats, addend: Floats, *, fused: bool = True) -> Floats:
+    """left * right + addend, rounded once if `fused`.
+
+    The product is exact in float64. The sum is rounded to odd there, so that rounding it again to float32 is right
+    (Boldo and Melquiond, 2008).
+    """
+    if not fused:
+        return left * right + addend
+    product, addend64 = left.astype(np.float64) * right, np.asarray(addend, np.float64)
+    total = product + addend64
+    virtual = total - product
+    error = (product - (total - virtual)) + (addend64 - virtual)
+    bits = total.view(np.int64)
+    even = (bits & 1) == 0
+    away = (error > 0) == (total > 0)
+    odd = np.where((error != 0) & even, np.where(away, bits + 1, bits - 1), bits)
+    return odd.view(np.float64).astype(np.float32)
+
+
+def silu(x: NDArray[Any]) -> Doubles:
+    x = np.asarray(x, np.float64)
+    return np.asarray(x * (0.5 + 0.5 * np.tanh(0.5 * x)), np.float64)
+
+
+def to_half(x: Floats) -> NDArray[np.float16]:
+    """float16, ties to even; what it cannot hold becomes its largest value."""
+    return np.clip(x, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
+
+
+# Activations in int8, and matrix products
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Activations of int8 codes in groups of 32 columns."""
+
+    codes: Integers  # (tokens, groups, 32), -127..127
+    scale: Floats  # (tokens, groups)
+
+    @property
+    def scaled_sum(self) -> Floats:
+        return self.scale * self.codes.sum(axis=2).astype(np.float32)
+
+    def pack(self) -> Bytes:
+        """The 48 bytes of each group as kernels read them: (tokens, groups * 48)."""
+        sums = self.codes.sum(axis=2)
+        halves = self.codes.reshape(*sums.shape, 2, 16).sum(axis=3)
+        parts = [
+            self.codes.astype(np.int8).view(np.uint8),
+            self.scale[..., None].view(np.uint8),
+            self.scaled_sum[..., None].view(np.uint8),
+            (sums[..., None] * -8).astype(np.int32).view(np.uint8),
+            (halves * -8).astype(np.int16).view(np.uint8),
+        ]
+        return np.concatenate(parts, axis=2).reshape(len(sums), -1)
+
+    def values(self) -> Floats:
+        values = self.codes.astype(np.float32) * self.scale[:, :, None]
+        return values.reshape(len(values), -1)
+
+
+def quantize(x: Floats) -> Activations:
+    """(tokens, columns): each group's largest magnitude becomes 127."""
+    groups = x.reshape(len(x), -1, GROUP)
+    largest = np.abs(groups).max(axis=2)
+    inverse = np.float32(127) / np.where(largest > 0, largest, np.float32(1))
+    codes = np.rint(groups * np.where(largest > 0, inverse, np.float32(0))[:, :, None])
+    return Activations(codes.astype(np.int64), largest / np.float32(127))
+
+
+def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Floats:
+    """(tokens, rows): exact integer dots, then floats, group after group."""
+    products = weights.codes[None] * x.codes[:, None]  # (tokens, rows, groups, 32)
+    if weights.sub_scales is None:
+        dots = products.sum(axis=3)
+    else:
+        halves = products.reshape(*products.shape[:3], 2, 16).sum(axis=4)
+        dots = (halves * weights.sub_scales).sum(axis=3)
+    total = np.zeros(dots.shape[:2], np.float32)
+    for group in range(dots.shape[2]):
+        scale = weights.scale[None, :, group] * x.scale[:, None, group]
+        total = fma(scale, dots[:, :, group].astype(np.float32), total, fused=fused)
+        if weights.minimum is not None:
+            scaled_sum = np.broadcast_to(x.scaled_sum[:, None, group], total.shape)
+            minimum = np.broadcast_to(weights.minimum[None, :, group], total.shape)
+            total = fma(minimum, scaled_sum, total, fused=fused)
+    return total
+
+
+def matmul_floats(weights: Floats, x: Floats, *, fused: bool = True) -> Floats:
+    """(tokens, rows), column after column."""
+    total = np.zeros((len(x), len(weights)), np.float32)
+    for column in range(weights.shape[1]):
+        left = np.broadcast_to(weights[None, :, column], total.shape)
+        total = fma(left, np.broadcast_to(x[:, None, column], total.shape), total, fused=fused)
+    return total
+
+
+def matmul(format_name: str, data: Bytes, x: Floats, *, fused: bool = True) -> Floats:
+    """(tokens, rows) of a file's rows and float32 activations, as a kernel of that format does it."""
+    if is_quantized(format_name):
+        return matmul_blocks(decode(format_name, data), quantize(x), fused=fused)
+    return matmul_floats(dequantize(format_name, data), x, fused=fused)
+
+
+# Kernels of tokens
+
+
+def rms_norm(x: NDArray[Any], weight: NDArray[Any], epsilon: float) -> Doubles:
+    x = np.asarray(x, np.float64)
+    mean = (x * x).mean(axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt(mean + epsilon) * weight, np.float64)
+
+
+def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = False) -> Floats:
+    """RoPE of (..., head_dim) by (..., rope_dim / 2) angles; pairs are a head's halves or its neighbours."""
+    rope_dim = 2 * cosines.shape[-1]
+    out = x.copy()
+    if neighbours:
+        first, second = slice(0, rope_dim, 2), slice(1, rope_dim, 2)
+    else:
+        first, second = slice(0, rope_dim // 2), slice(rope_dim // 2, rope_dim)
+    low, high = x[..., first], x[..., second]
+    out[..., first] = low * cosines - high * sines
+    out[..., second] = high * cosines + low * sines
+    return out
+
+
+def attend(queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]) -> Doubles:
+    """One token: scaled queries (heads, dim) over keys and values (positions, kv_heads, dim)."""
+    queries, keys, values = (np.asarray(a, np.float64) for a in (queries, keys, values))
+    group = len(queries) // keys.shape[1]
+    out = np.zeros((len(queries), values.shape[2]))
+    for head in range(len(queries)):
+        scores = keys[:, head // group] @ queries[head]
+        weights = np.exp(scores - scores.max())
+        out[head] = weights @ values[:, head // group] / weights.sum()
+    return out
+
+
+# A whole model
+
+
+@dataclass(slots=True)
+class Transformer:
+    """A decoder-only transformer of the Llama family in float32, from the tensors of its file.
+
+    Keys and values are kept in float16, as the package keeps them. With `int8` the activations that meet quantized
+    weights are rounded to int8 first.
+    """
+
+    tensors: dict[str, Floats]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    rope_dim: int
+    rope_base: float
+    rope_scaling: float = 1.0
+    neighbours: bool = True
+    """RoPE pairs dimensions 2i and 2i+1 (llama), not i and i + half (qwen2)."""
+    quantized: frozenset[str] = field(default_factory=frozenset)
+    """Names of the tensors whose format is quantized."""
+    int8: bool = False
+
+    def logits(self, token_ids: list[int]) -> Floats:
+        """float32 (tokens, vocabulary)."""
+        frequencies = self.rope_base ** (-np.arange(0, self.rope_dim, 2) / self.rope_dim)
+        frequencies = frequencies / self.rope_scaling
+        if "rope_freqs.weight" in self.tensors:
+            frequencies = frequencies / self.tensors["rope_freqs.weight"]
+        angles = np.arange(len(token_ids))[:, None, None] * frequencies
+        cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+        x = self.tensors["token_embd.weight"][token_ids]
+        for layer in range(self.num_layers):
+            name = f"blk.{layer}."
+            x = x + self._attention(name, self._norm(name + "attn_norm", x), cosines, sines)
+            x = x + self._feed_forward(name, self._norm(name + "ffn_norm", x))
+        x = self._norm("output_norm", x)
+        tied = "output.weight" not in self.tensors
+        return self._linear("token_embd" if tied else "output", x)
+
+    def _norm(self, name: str, x: Floats) -> Floats:
+        return rms_norm(x, self.tensors[name + ".weight"], self.epsilon).astype(np.float32)
+
+    def _linear(self, name: str, x: Floats) -> Floats:
+        if self.int8 and name + ".weight" in self.quantized:
+            x = quantize(x).values()
+        out = x @ self.tensors[name + ".weight"].T
+        return np.asarray(out + self.tensors.get(name + ".bias", np.float32(0)), np.float32)
+
+    def _heads(self, name: str, x: Floats) -> Floats:
+        return self._linear(name, x).reshape(len(x), -1, self.head_dim)
+
+    def _attention(self, name: str, x: Floats, cosines: Floats, sines: Floats) -> Floats:
+        queries = rotate(
+            self._heads(name + "attn_q", x), cosines, sines, neighbours=self.neighbours
+        )
+        keys = rotate(self._heads(name + "attn_k", x), cosines, sines, neighbours=self.neighbours)
+        keys, values = to_half(keys), to_half(self._heads(name + "attn_v", x))
+        queries = queries / np.sqrt(self.head_dim)
+        attended = [
+            attend(queries[i], keys[: i + 1], values[: i + 1]).reshape(-1) for i in range(len(x))
+        ]
+        return self._linear(name + "attn_output", np.array(attended, np.float32))
+
+    def _feed_forward(self, name: str, x: Floats) -> Floats:
+        opened = silu(self._linear(name + "ffn_gate", x)).astype(np.float32)
+        return self._linear(name + "ffn_down", opened * self._linear(name + "ffn_up", x))
+
+
+def kl_divergence(logits: Floats, reference: Floats) -> float:
+    """Mean over tokens of KL(softmax(reference) || softmax(logits)), in nats."""
+
+    def log_softmax(x: Floats) -> Doubles:
+        wide = np.asarray(x, np.float64)
+        wide = wide - wide.max(axis=1, keepdims=True)
+        return np.asarray(wide - np.log(np.exp(wide).sum(axis=1, keepdims=True)), np.float64)
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
