@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from heapq import heapify, heappop, heappush
 from operator import methodcaller
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cyclewise.errors import ModelFileError
 from cyclewise.text.pretokenizers import keeps_whole_words, patterns_of
@@ -205,7 +205,7 @@ def _unigram(vocabulary: Vocabulary) -> Encode:
     User-defined tokens score 0, and what no text may become is put under a name that no text has.
     """
     import numpy as np
-    from tokenizers import Tokenizer, models, normalizers
+    from tokenizers import Tokenizer, models
 
     assert vocabulary.scores is not None
     types, scores = vocabulary.types, vocabulary.scores.astype(np.float64)
@@ -222,29 +222,80 @@ def _unigram(vocabulary: Vocabulary) -> Encode:
         raise ModelFileError("the model file is damaged: its unigram vocabulary has no unknown id")
     try:
         model = models.Unigram(list(zip(names, scores.tolist(), strict=True)), unknown_id, False)
-        charsmap = normalizers.Precompiled(vocabulary.charsmap) if vocabulary.charsmap else None
     except Exception as error:
         raise ModelFileError(f"the model file's unigram vocabulary is damaged: {error}") from None
+    charsmap = CharacterMap(vocabulary.charsmap) if vocabulary.charsmap else None
     encode_normalized = _library_encoder(Tokenizer(model))
 
     def encode(text: str) -> list[int]:
         text = text.replace(_UNREACHABLE, "\ufffd")
         if charsmap is not None:
-            text = _normalize(charsmap, text)
+            text = charsmap.normalize(text)
         return encode_normalized(_escape_spaces(text, vocabulary))
 
     return encode
 
 
-def _normalize(charsmap: Any, text: str) -> str:
-    try:
-        return str(charsmap.normalize_str(text))
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # the library's panic on a damaged table
-            raise
-        raise ModelFileError(
-            "the model file is damaged: tokenizer.ggml.precompiled_charsmap points outside itself"
-        ) from None
+class CharacterMap:
+    """SentencePiece's precompiled normalizer: replaces the longest known prefix at each place.
+
+    The library's own panics on damaged tables. The table is a double array with entries packed in
+    32 bits (llama.cpp's `xcda_array_view`): a base in bits 10 to 30 (bit 9 shifts it by 8), a leaf
+    flag in bit 8, a label in bits 0 to 7; below a leaf, an entry is an offset into replacements.
+    """
+
+    def __init__(self, table: bytes) -> None:
+        import numpy as np
+
+        size = int.from_bytes(table[:4], "little")
+        if size % 4 or not size or 4 + size >= len(table) or table[-1]:
+            raise _DAMAGED_MAP
+        self._entries: list[int] = np.frombuffer(table[4 : 4 + size], "<u4").tolist()
+        self._replacements = table[4 + size :]
+
+    def normalize(self, text: str) -> str:
+        """`text` with every known sequence replaced. Raises `ModelFileError` on a damaged table."""
+        data = text.encode()
+        normalized = bytearray()
+        start = 0
+        try:
+            while start < len(data):
+                length, offset = self._longest(data, start)
+                if length:
+                    end = self._replacements.index(0, offset)
+                    normalized += self._replacements[offset:end]
+                    start += length
+                else:
+                    normalized.append(data[start])
+                    start += 1
+        except (IndexError, ValueError):
+            raise _DAMAGED_MAP from None
+        return normalized.decode("utf-8", errors="replace")
+
+    def _longest(self, data: bytes, start: int) -> tuple[int, int]:
+        """Length of the longest known sequence at `start`, and where its replacement begins."""
+        entries = self._entries
+        node = _base(entries[0])
+        length = offset = 0
+        for end in range(start, len(data)):
+            byte = data[end]
+            node ^= byte
+            entry = entries[node]
+            if not byte or entry & 0x800000FF != byte:
+                break
+            node ^= _base(entry)
+            if entry & 0x100:
+                length, offset = end - start + 1, entries[node] & 0x7FFFFFFF
+        return length, offset
+
+
+def _base(entry: int) -> int:
+    return (entry >> 10) << ((entry & 0x200) >> 6)
+
+
+_DAMAGED_MAP = ModelFileError(
+    "the model file is damaged: tokenizer.ggml.precompiled_charsmap is no normalizer"
+)
 
 
 def _escape_spaces(text: str, vocabulary: Vocabulary) -> str:

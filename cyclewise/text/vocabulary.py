@@ -148,8 +148,8 @@ class _Reader:
             raise _wrong(name, "an array of strings", value)
         return value
 
-    def array(self, name: str, kinds: str, length: int) -> NDArray[Any] | None:
-        """A numeric array of a dtype kind in `kinds` with at least `length` entries, cut to it."""
+    def array(self, name: str, kinds: str, length: int | None) -> NDArray[Any] | None:
+        """A numeric array of a dtype kind in `kinds`, cut to `length`, which it must have."""
         import numpy as np
 
         value = self._get(name)
@@ -157,7 +157,7 @@ class _Reader:
             return None
         if not isinstance(value, np.ndarray) or value.ndim != 1 or value.dtype.kind not in kinds:
             raise _wrong(name, "an array of numbers", value)
-        if len(value) < length:
+        if length is not None and len(value) < length:
             raise ModelFileError(
                 f"the model file is damaged: {_PREFIX}{name} has {len(value)} entries for "
                 f"{length} tokens"
@@ -228,7 +228,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     merges = reader.strings("merges") if kind == "gpt2" else []
     if merges is None:
         raise ModelFileError("the model file is damaged: tokenizer.ggml.merges is missing")
-    charsmap = reader.array("precompiled_charsmap", "iu", 0)
+    charsmap = reader.array("precompiled_charsmap", "iu", None)
 
     defaults = _DEFAULT_IDS[kind]
     bos_id = reader.token_id("bos", num_tokens, defaults.get("bos"))

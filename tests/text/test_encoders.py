@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cyclewise.errors import ModelFileError
 from cyclewise.text.tokenizer import Tokenizer
 from cyclewise.text.vocabulary import TokenType
 from tests.text import naive, vocabularies
@@ -63,15 +66,35 @@ def test_unigram_text_never_becomes_a_control_token():
     assert 1 not in ids and len(ids) == 4
 
 
-def test_a_damaged_normalizer_is_an_error_of_ours():
-    from cyclewise.errors import CyclewiseError
+def charsmap(replacements: dict[str, str]) -> np.ndarray:
+    """A table for single bytes: the node of byte b is entry b, its leaf entry 256 + b."""
+    entries, texts = [0] * 512, b""
+    for letter, replacement in replacements.items():
+        byte = ord(letter)
+        entries[byte] = 256 << 10 | 0x100 | byte
+        entries[256 + byte] = len(texts)
+        texts += replacement.encode() + b"\0"
+    return np.frombuffer(struct.pack("<I512I", 2048, *entries) + texts, np.uint8)
 
-    charsmap = np.frombuffer(b"\x04\0\0\0\xff\xff\xff\x7fab\0", np.uint8)
-    metadata = vocabularies.unigram({"a": -1.0}, precompiled_charsmap=charsmap)
+
+def test_unigram_normalizes():
+    pieces = {"▁a": -1.0, "a": -2.0, "é": -2.0}
+    table = charsmap({"A": "a", "B": "aé", "C": ""})
+    metadata = vocabularies.unigram(pieces, precompiled_charsmap=table, add_eos_token=False)
+    tokenizer = Tokenizer.from_metadata(metadata)
+    texts = [tokenizer.token_text(index) for index in tokenizer.encode("aABCéx")]
+    assert texts == ["a", "a", "a", "é", "é", "<unk>"]
+
+
+@given(st.binary(max_size=60), st.booleans())
+def test_a_damaged_normalizer_is_an_error_of_ours(body, has_length):
+    body = body[: len(body) // 4 * 4] + b"ab\0"
+    body = struct.pack("<I", len(body) - 3) + body if has_length else body
+    metadata = vocabularies.unigram({"a": -1.0}, precompiled_charsmap=np.frombuffer(body, np.uint8))
     try:
         Tokenizer.from_metadata(metadata).encode("abc")
-    except CyclewiseError as error:
-        assert "damaged" in str(error)
+    except ModelFileError as error:
+        assert "is no normalizer" in str(error)
 
 
 def test_merges_apply_in_their_order():
