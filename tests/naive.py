@@ -1,7 +1,8 @@
 """The slow, obvious twins of the kernels, in numpy: what every kernel must compute.
 
-Integer sums and whatever a kernel promises to the bit are repeated here in the same order; the rest is float64. The last part
-is a whole model (`Transformer`), written from the papers and from what GGUF files mean, without a look at the package.
+Integer sums and whatever a kernel promises to the bit are repeated here in the same order; the
+rest is float64. The last part is a whole model (`Transformer`), written from the papers and from
+what GGUF files mean, without a look at the package.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HALF_LIMIT = np.float32(65504.0)
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Decoded weights: `scale * sub_scale * code + minimum`, codes with their zero point taken away."""
+    """Decoded weights: `scale * sub_scale * code + minimum`, the zero point taken off the codes."""
 
     codes: Integers  # (rows, groups, 32)
     scale: Floats  # (rows, groups)
@@ -145,8 +146,8 @@ def dequantize(format_name: str, data: Bytes) -> Floats:
 def fma(left: Floats, right: Floats, addend: Floats, *, fused: bool = True) -> Floats:
     """left * right + addend, rounded once if `fused`.
 
-    The product is exact in float64. The sum is rounded to odd there, so that rounding it again to float32 is right
-    (Boldo and Melquiond, 2008).
+    The product is exact in float64. The sum is rounded to odd there, so that rounding it again to
+    float32 is right (Boldo and Melquiond, 2008).
     """
     if not fused:
         return left * right + addend
@@ -163,7 +164,7 @@ def fma(left: Floats, right: Floats, addend: Floats, *, fused: bool = True) -> F
 
 def silu(x: NDArray[Any]) -> Doubles:
     x = np.asarray(x, np.float64)
-    return np.asarray(x * (0.5 + 0.5 * np.tanh(0.5 * x)), np.float64)
+    return np.asarray(x / (1 + np.exp(np.minimum(-x, 700))), np.float64)
 
 
 def to_half(x: Floats) -> NDArray[np.float16]:
@@ -241,7 +242,7 @@ def matmul_floats(weights: Floats, x: Floats, *, fused: bool = True) -> Floats:
 
 
 def matmul(format_name: str, data: Bytes, x: Floats, *, fused: bool = True) -> Floats:
-    """(tokens, rows) of a file's rows and float32 activations, as a kernel of that format does it."""
+    """(tokens, rows) of a file's rows and float32 activations, as a kernel of that format does."""
     if is_quantized(format_name):
         return matmul_blocks(decode(format_name, data), quantize(x), fused=fused)
     return matmul_floats(dequantize(format_name, data), x, fused=fused)
@@ -257,7 +258,7 @@ def rms_norm(x: NDArray[Any], weight: NDArray[Any], epsilon: float) -> Doubles:
 
 
 def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = False) -> Floats:
-    """RoPE of (..., head_dim) by (..., rope_dim / 2) angles; pairs are a head's halves or its neighbours."""
+    """RoPE of (..., head_dim) by (..., rope_dim / 2) angles: halves of a head, or `neighbours`."""
     rope_dim = 2 * cosines.shape[-1]
     out = x.copy()
     if neighbours:
@@ -289,8 +290,8 @@ def attend(queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]) -> D
 class Transformer:
     """A decoder-only transformer of the Llama family in float32, from the tensors of its file.
 
-    Keys and values are kept in float16, as the package keeps them. With `int8` the activations that meet quantized
-    weights are rounded to int8 first.
+    Keys and values are kept in float16, as the package keeps them. With `int8` the activations
+    that meet quantized weights are rounded to int8 first.
     """
 
     tensors: dict[str, Floats]

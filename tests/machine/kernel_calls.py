@@ -21,7 +21,7 @@ BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
 FORMATS = FLOAT_FORMATS + BLOCK_FORMATS
 
 FUSED = host_target().name != "plain" or platform.machine().lower() not in ("x86_64", "amd64")
-"""Whether the kernels' fused multiply-adds are: the plain x86 target has no instruction for them."""
+"""Whether fused multiply-adds are fused: the plain x86 target has no instruction for them."""
 
 GUARD = 64
 """Bytes behind a buffer that nobody may write."""
@@ -98,7 +98,7 @@ def random_halves(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[n
 def random_rows(
     rng: np.random.Generator, format_name: str, rows: int, columns: int, scale: float | None = None
 ) -> NDArray[np.uint8]:
-    """A file's rows: random codes, scales that are any finite float16, or small ones if `scale` is given.
+    """A file's rows: random codes; scales are any finite float16, or small if `scale` is given.
 
     uint8 (rows, row bytes).
     """
@@ -161,7 +161,7 @@ def packed_row(
 def tile_sums(
     format_name: str, tile: NDArray[np.uint8], columns: int, x: NDArray[np.uint8]
 ) -> NDArray[np.float32]:
-    """(tokens, 16): a tile's rows times the rows of x, uint8 (tokens, bytes of a token as the kernel reads them)."""
+    """(tokens, 16): a tile's rows times x, uint8 (tokens, bytes of a token as the kernel reads)."""
     sums, scratch = guarded(len(x) * ROWS * 4), guarded(SCRATCH_BYTES)
     run = kernel(matmul_unit(format_name), f"tile_{format_name}", 7)
     run(tile, columns, x, x.strides[0], len(x), sums, scratch)

@@ -93,7 +93,7 @@ def test_a_product_is_near_what_float64_gives(format_name):
 
 
 def extreme_blocks(format_name, columns):
-    """16 rows: every code and small scale at its least, at its largest, by turns, or one half each; big scales are 1."""
+    """16 rows of codes and small scales at their least and largest, alone or by turns; d is 1."""
     rows = random_rows(np.random.default_rng(0), format_name, 16, columns, 0.01)
     block_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q4_K": 144, "Q6_K": 210}
     blocks = rows.reshape(16, -1, block_bytes[format_name])

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cyclewise.machine.kernels.blocks import tile_bytes
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
+from cyclewise.machine.kernels.layout import BATCH, EMBED, NORM, PAGE_TOKENS, QUANTIZE, ROPE
+from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
+from cyclewise.machine.kernels.rows import rows_unit
+from tests import naive
+from tests.machine.kernel_calls import (
+    FORMATS,
+    GUARD,
+    Thread,
+    address,
+    check_guard,
+    guarded,
+    kernel,
+    pack,
+    random_rows,
+    record,
+)
+
+
+def floats(buffer, *shape):
+    """The float32 of a guarded buffer."""
+    return buffer[:-GUARD].view(np.float32).reshape(*shape)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_embed(format_name):
+    rng = np.random.default_rng(0)
+    columns, vocab = 256, 37
+    data = random_rows(rng, format_name, vocab, columns, 0.1)
+    table = pack(format_name, data, columns)
+    ids = np.array([0, 36, 15, 16, 36, 7], np.int32)
+    out = guarded(len(ids) * columns * 4)
+    moment = record(
+        EMBED, row_kernel=address(matmul_unit(format_name), f"row_{format_name}"), table=table,
+        tile_bytes=tile_bytes(format_name, columns), columns=columns,
+        out=out, out_stride=columns * 4,
+    )  # fmt: skip
+    batch, thread = record(BATCH, num_tokens=len(ids), token_ids=ids), Thread(SCRATCH_BYTES)
+    run = kernel(rows_unit(), "embed")
+    run(moment, batch, thread.record, 2, len(ids))
+    run(moment, batch, thread.record, 0, 2)
+    np.testing.assert_array_equal(
+        floats(out, -1, columns), naive.dequantize(format_name, data)[ids]
+    )
+    thread.check()
+    check_guard(out)
+
+
+@pytest.mark.parametrize("width", [1, 16, 40, 576])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_norm(width, scale):
+    rng = np.random.default_rng(width)
+    padded, tokens = -(-width // 16) * 16, 5
+    x, weight = np.zeros((tokens, padded), np.float32), np.zeros(padded, np.float32)
+    x[:, :width] = rng.standard_normal((tokens, width)) * scale
+    weight[:width] = rng.standard_normal(width)
+    out, thread = guarded(tokens * padded * 4), Thread(0)
+    moment = record(
+        NORM, x=x, x_stride=padded * 4, weight=weight, width=width, padded_width=padded,
+        epsilon=1e-5, out=out, out_stride=padded * 4,
+    )  # fmt: skip
+    run = kernel(rows_unit(), "norm")
+    run(moment, record(BATCH, num_tokens=tokens), thread.record, 0, tokens)
+    want = naive.rms_norm(x[:, :width], weight[:width], 1e-5)
+    np.testing.assert_allclose(floats(out, tokens, padded)[:, :width], want, rtol=3e-6)
+    np.testing.assert_array_equal(floats(out, tokens, padded)[:, width:], 0)
+    check_guard(out)
+
+
+def test_norm_of_the_rows_that_need_logits_into_a_private_buffer():
+    rng = np.random.default_rng(1)
+    x, weight = rng.standard_normal((9, 32)).astype(np.float32), np.ones(32, np.float32)
+    rows = np.array([1, 4, 8], np.int32)
+    out, private = guarded(2 * 9 * 128), 9 * 128
+    moment = record(
+        NORM, x=x, x_stride=128, weight=weight, width=32, padded_width=32, epsilon=1e-6,
+        out=out, out_stride=128, of_logits=1, out_private=1,
+    )  # fmt: skip
+    batch = record(BATCH, num_tokens=9, num_logits=3, logit_rows=rows)
+    kernel(rows_unit(), "norm")(moment, batch, Thread(0, private).record, 0, 3)
+    assert (out[:private] == 0xA5).all()
+    np.testing.assert_allclose(
+        floats(out, 18, 32)[9:12], naive.rms_norm(x[rows], weight, 1e-6), rtol=3e-6
+    )
+
+
+def test_quantize():
+    rng = np.random.default_rng(2)
+    tokens, columns = 7, 320
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    x[1] *= 1e20
+    x[2] *= 1e-20
+    x[3, :64] = 0
+    x[4, 5] = 1e4
+    x[5] = np.arange(columns) % 255 - 127  # ties to even below
+    x[6] = (np.arange(columns) % 255 - 127) / 2
+    x[6, ::32] = 127
+    stride = columns // 32 * ACTIVATION_GROUP + 16
+    for private in (0, tokens * stride):
+        out, thread = guarded(2 * tokens * stride), Thread(0, private)
+        source = (
+            x if not private else np.concatenate([np.zeros(private // 4, np.float32), x.ravel()])
+        )
+        moment = record(
+            QUANTIZE, x=source, x_stride=columns * 4, x_private=1, columns=columns,
+            out=out, out_stride=stride, out_private=1,
+        )  # fmt: skip
+        kernel(rows_unit(), "quantize")(moment, record(BATCH), thread.record, 0, tokens)
+        got = out[private : private + tokens * stride].reshape(tokens, stride)
+        np.testing.assert_array_equal(got[:, :-16], naive.quantize(x).pack())
+        assert (got[:, -16:] == 0xA5).all()
+        check_guard(out)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rope_dim"), [(8, 8), (64, 64), (80, 80), (80, 32), (128, 128)]
+)
+def test_rope_and_the_cache(head_dim, rope_dim):
+    rng = np.random.default_rng(head_dim)
+    heads, kv_heads, tokens, num_pages = 6, 2, 5, 4
+    padded = -(-head_dim // 16) * 16
+    width = (heads + 2 * kv_heads) * head_dim
+    qkv = rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim)).astype(np.float32)
+    qkv[1] *= 30000  # beyond what float16 holds
+    qkv[2] *= 1e-6  # subnormal there
+    before = qkv.copy()
+    angles = rng.uniform(-9, 9, (100, rope_dim // 2))
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions = np.array([0, 31, 32, 99, 7], np.int32)
+    slots = np.array([0, 127, 64, 35, 96], np.int32)
+    key_bytes, value_bytes = (
+        kv_heads * head_dim * PAGE_TOKENS * 2,
+        kv_heads * padded * PAGE_TOKENS * 2,
+    )
+    cache = guarded(num_pages * (key_bytes + value_bytes))
+    untouched = cache.copy()
+    scale = np.float32(head_dim**-0.5)
+    moment = record(
+        ROPE, qkv=qkv, qkv_stride=width * 4, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, padded_head_dim=padded, rope_dim=rope_dim, cosines=cosines, sines=sines,
+        scale=float(scale), keys=cache, values=cache.ctypes.data + key_bytes,
+        page_bytes=key_bytes + value_bytes,
+    )  # fmt: skip
+    batch = record(BATCH, num_tokens=tokens, positions=positions, slots=slots)
+    kernel(rows_unit(), "rope")(moment, batch, Thread(0).record, 0, tokens)
+
+    pages = cache[:-GUARD].reshape(num_pages, -1)
+    keys = (
+        pages[:, :key_bytes]
+        .copy()
+        .view(np.uint16)
+        .reshape(num_pages, kv_heads, head_dim, PAGE_TOKENS)
+    )
+    values = (
+        pages[:, key_bytes:]
+        .copy()
+        .view(np.uint16)
+        .reshape(num_pages, kv_heads, PAGE_TOKENS, padded)
+    )
+    for i in range(tokens):
+        angle = cosines[positions[i]], sines[positions[i]]
+        page, place = divmod(int(slots[i]), PAGE_TOKENS)
+        np.testing.assert_array_equal(
+            qkv[i, :heads], naive.rotate(before[i, :heads] * scale, *angle)
+        )
+        want = naive.to_half(naive.rotate(before[i, heads:-kv_heads], *angle)).view(np.uint16)
+        np.testing.assert_array_equal(keys[page, :, :, place], want)
+        want = naive.to_half(before[i, -kv_heads:]).view(np.uint16)
+        np.testing.assert_array_equal(values[page, :, place, :head_dim], want)
+        keys[page, :, :, place] = 0xA5A5
+        values[page, :, place, :head_dim] = 0xA5A5
+    # Nothing else was written.
+    restored = np.concatenate(
+        [keys.reshape(num_pages, -1), values.reshape(num_pages, -1)], axis=1
+    ).view(np.uint8)
+    np.testing.assert_array_equal(restored.ravel(), untouched[:-GUARD])
+    check_guard(cache)
