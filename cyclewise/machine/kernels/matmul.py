@@ -31,6 +31,8 @@ from cyclewise.machine.kernels.lang import F32, I8, I32, Emitter, Value, Variabl
 
 UNPACK_FROM = 9
 """Tokens from which unpacking pays."""
+PREFETCH_BYTES = 2048
+"""How far ahead weights are asked for; super-blocks, read from several places, twice as far."""
 PANEL_GROUPS = 32
 """Groups that are unpacked at once: they stay in the first-level cache."""
 SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 4) * 4 * ROWS
@@ -196,13 +198,21 @@ class _BlockMatmul:
     ) -> None:
         emitter, kind = self.emitter, self.kind
         per_block = kind.groups_per_block
+        group_bytes = kind.block_bytes // per_block
+        ahead = PREFETCH_BYTES if per_block == 1 else 2 * PREFETCH_BYTES
         with emitter.range(0, groups // per_block) as block:
             address = weights + block * kind.block_bytes
             if per_block == 1:
+                self._prefetch(address + ahead, group_bytes)
                 write(address, 0, block)
             else:
                 with emitter.range(0, per_block) as index:
+                    self._prefetch(address + index * group_bytes + ahead, group_bytes)
                     write(address, index, block * per_block + index)
+
+    def _prefetch(self, address: Value, num_bytes: int) -> None:
+        for offset in range(0, num_bytes, 64):
+            self.emitter.prefetch(address + offset)
 
     @property
     def _panel_bytes(self) -> int:
