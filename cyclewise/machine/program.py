@@ -322,8 +322,8 @@ class Builder:
             return source
         values = {
             "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
-            "columns": source.width, "out": self._quantized.address,
-            "out_stride": self._quantized.stride, "out_private": 1,
+            "columns": source.width, "out": self._quantized.address, "out_private": 1,
+            "of_logits": int(of_logits),
         }  # fmt: skip
         tiles: Tiles = "logits" if of_logits else "tokens"
         self._add(

@@ -5,6 +5,9 @@
 
 An activation group of a token takes 48 bytes: 32 int8 codes (-127..127), float32 scale, float32
 scale*sum, int32 -8*sum, and two int16: -8 * the sum of each half.
+
+A batch of at least QUAD tokens has them four by four: a quad's groups lie side by side, so that a
+kernel reaches four tokens from one address. Fewer tokens lie one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +18,25 @@ from cyclewise.machine.kernels.blocks import STEPS, BlockFormat
 from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
 
 ACTIVATION_GROUP = 48
+QUAD = 4
 AT_SCALE, AT_SCALED_SUM, AT_SUM, AT_HALF_SUMS = 32, 36, 40, 44
+
+
+class ActivationLayout:
+    """Where the groups of quantized tokens lie, in a batch of `num_tokens` and `groups` a token."""
+
+    def __init__(self, emitter: Emitter, x: Value, groups: Value, num_tokens: Value) -> None:
+        group = emitter.constant(ACTIVATION_GROUP)
+        self._x = x
+        self._in_quads = num_tokens >= QUAD
+        self.group_stride = self._in_quads.select(group * QUAD, group)
+        self.token_stride = self._in_quads.select(group, groups * ACTIVATION_GROUP)
+        self.quad_stride = groups * (QUAD * ACTIVATION_GROUP)
+
+    def token(self, token: Value) -> Value:
+        """The address of a token's first group."""
+        quad, place = token >> 2, token & (QUAD - 1)
+        return self._x + quad * self.quad_stride + place * self.token_stride
 
 
 class Dot:

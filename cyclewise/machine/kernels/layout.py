@@ -33,7 +33,7 @@ NORM = (
     "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride",
     "of_logits", "out_private",
 )  # fmt: skip
-QUANTIZE = ("x", "x_stride", "x_private", "columns", "out", "out_stride", "out_private")
+QUANTIZE = ("x", "x_stride", "x_private", "columns", "out", "out_private", "of_logits")
 LINEAR = (
     "x", "x_stride", "x_private", "columns", "out", "out_stride",
     "add_to_out", "of_logits", "num_parts",

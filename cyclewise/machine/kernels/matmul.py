@@ -26,7 +26,14 @@ from cyclewise.machine.kernels.blocks import (
     load_floats,
 )
 from cyclewise.machine.kernels.compiler import Unit
-from cyclewise.machine.kernels.dot import ACTIVATION_GROUP, AT_SCALE, AT_SCALED_SUM, Dot
+from cyclewise.machine.kernels.dot import (
+    ACTIVATION_GROUP,
+    AT_SCALE,
+    AT_SCALED_SUM,
+    QUAD,
+    ActivationLayout,
+    Dot,
+)
 from cyclewise.machine.kernels.lang import F32, I8, I32, Emitter, Value, Variable, vector
 
 UNPACK_FROM = 9
@@ -69,13 +76,13 @@ class _BlockMatmul:
         direct_tiles = tuple(tile for tile in target.token_tiles if tile <= 4)
         direct = {
             tile: emitter.function(
-                f"direct_{tile}", 5, lambda *a, tile=tile: self._direct(tile, *a), exported=False
+                f"direct_{tile}", 6, lambda *a, tile=tile: self._direct(tile, *a), exported=False
             )
             for tile in direct_tiles
         }
         panel = {
             tile: emitter.function(
-                f"panel_{tile}", 5, lambda *a, tile=tile: self._panel(tile, *a), exported=False
+                f"panel_{tile}", 6, lambda *a, tile=tile: self._panel(tile, *a), exported=False
             )
             for tile in target.token_tiles
         }
@@ -85,16 +92,21 @@ class _BlockMatmul:
             weights: Value,
             columns: Value,
             x: Value,
-            stride: Value,
+            _: Value,
             tokens: Value,
             sums: Value,
             scratch: Value,
         ) -> None:
             groups = columns >> 5
+            layout = ActivationLayout(emitter, x, groups, tokens)
+
+            def strides(count: int) -> tuple[Value, Value]:
+                stride = layout.quad_stride if count >= QUAD else layout.token_stride
+                return layout.group_stride, stride
 
             def call_direct(count: int, first: Value) -> None:
-                at = x + first * stride
-                emitter.call(direct[count], weights, groups, at, stride, sums + first * 64)
+                at, to = layout.token(first), sums + first * 64
+                emitter.call(direct[count], weights, groups, at, *strides(count), to)
 
             with emitter.when(tokens < UNPACK_FROM):
                 _over_tokens(emitter, tokens, direct_tiles, call_direct)
@@ -110,10 +122,10 @@ class _BlockMatmul:
                     for part in range(self.parts):
 
                         def call_panel(size: int, first: Value, part: int = part) -> None:
-                            at = x + first * stride + first_group * ACTIVATION_GROUP
+                            at = layout.token(first) + first_group * layout.group_stride
                             to = sums + first * 64 + part * self.lanes * 4
                             codes = scratch + part * count * self._panel_bytes
-                            emitter.call(panel[size], codes, count, at, stride, to)
+                            emitter.call(panel[size], codes, count, at, *strides(size), to)
 
                         _over_tokens(emitter, tokens, target.token_tiles, call_panel)
 
@@ -166,16 +178,26 @@ class _BlockMatmul:
                 value = emitter.fma(minimum, scaled_sum, value)
             total.set(value)
 
+    @staticmethod
+    def _tokens(
+        tokens: int, x: Value, group: Value, group_stride: Value, stride: Value
+    ) -> list[Value]:
+        """Addresses of a group of each token of a tile; `stride` is from quad to quad, or token."""
+        if tokens < QUAD:
+            return [x + group * group_stride + stride * i for i in range(tokens)]
+        at = x + group * (QUAD * ACTIVATION_GROUP)
+        return [at + stride * (i // QUAD) + (i % QUAD) * ACTIVATION_GROUP for i in range(tokens)]
+
     def _direct(
-        self, tokens: int, weights: Value, groups: Value, x: Value, stride: Value, out: Value
-    ) -> None:
+        self, tokens: int, weights: Value, groups: Value, x: Value, group_stride: Value,
+        stride: Value, out: Value,
+    ) -> None:  # fmt: skip
         emitter, kind = self.emitter, self.kind
         zero = emitter.constant(0.0, vector(F32, self.lanes))
         sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(self.parts)]
-        rows = [x + stride * i for i in range(tokens)]
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
-            at = [row + column_group * ACTIVATION_GROUP for row in rows]
+            at = self._tokens(tokens, x, column_group, group_stride, stride)
             for part in range(self.parts):
                 dots = self.dot.group(
                     lambda step, part=part: kind.codes(emitter, block, index, step, part),
@@ -239,15 +261,15 @@ class _BlockMatmul:
         self._over_groups(weights, groups, group)
 
     def _panel(
-        self, tokens: int, codes: Value, groups: Value, x: Value, stride: Value, out: Value
-    ) -> None:
+        self, tokens: int, codes: Value, groups: Value, x: Value, group_stride: Value,
+        stride: Value, out: Value,
+    ) -> None:  # fmt: skip
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
         floats, words = vector(F32, self.lanes), vector(I32, self.lanes)
         sums = [emitter.variable(emitter.load(out + i * 64, floats)) for i in range(tokens)]
-        rows = [x + stride * i for i in range(tokens)]
         with emitter.range(0, groups) as group:
             base = codes + group * self._panel_bytes
-            at = [row + group * ACTIVATION_GROUP for row in rows]
+            at = self._tokens(tokens, x, group, group_stride, stride)
             dots = self.dot.group(
                 lambda step: emitter.load(base + step * width, words),
                 (lambda half: emitter.load(base + (STEPS + 1 + half) * width, words))

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.dot import (
-    ACTIVATION_GROUP,
     AT_HALF_SUMS,
     AT_SCALE,
     AT_SCALED_SUM,
     AT_SUM,
+    ActivationLayout,
 )
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import (
@@ -78,13 +78,17 @@ def _norm(
 def _quantize(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    m, t = Record(emitter, moment, QUANTIZE), Record(emitter, thread, THREAD)
+    m, b = Record(emitter, moment, QUANTIZE), Record(emitter, batch, BATCH)
+    t = Record(emitter, thread, THREAD)
     floats, words = vector(F32, LANES), vector(I32, LANES)
+    groups = m.columns >> 5
+    count = m.of_logits.differs(0).select(b.num_logits, b.num_tokens)
+    layout = ActivationLayout(emitter, m.out + t.private * m.out_private, groups, count)
     with emitter.range(first, last) as row:
         x = m.x + t.private * m.x_private + row * m.x_stride
-        out = m.out + t.private * m.out_private + row * m.out_stride
-        with emitter.range(0, m.columns >> 5) as group:
-            at, to = x + group * 128, out + group * ACTIVATION_GROUP
+        out = layout.token(row)
+        with emitter.range(0, groups) as group:
+            at, to = x + group * 128, out + group * layout.group_stride
             halves = [emitter.load(at + 64 * half, floats) for half in (0, 1)]
             largest = emitter.fold(
                 emitter.maximum(*[absolute(emitter, half) for half in halves]), emitter.maximum
