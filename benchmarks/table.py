@@ -17,7 +17,7 @@ from typing import Any
 
 from cyclewise.bench.bench import run_bench
 from cyclewise.bench.peers import PEERS, Peer, find_interpreter
-from cyclewise.bench.report import show_progress
+from cyclewise.bench.report import NOISY, show_progress
 from cyclewise.errors import PeerError
 from cyclewise.models import load_model
 
@@ -61,6 +61,8 @@ def row(result: dict[str, Any]) -> str:
 
     share = f"{result['decode_fraction_of_bandwidth']:.0%}"
     name = result["model"].removesuffix(".gguf")
+    if (result["others_cpu_share"] or 0) > NOISY:
+        name += " (noisy)"
     return f"| {name} | {result['threads']} | {cell('prefill')} | {cell('decode')} | {share} |"
 
 

@@ -11,6 +11,7 @@ share of bandwidth is within the pair too.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cyclewise.bench.host import describe_host
+from cyclewise.bench.host import busy_seconds, describe_host
 from cyclewise.bench.peers import Peer, find_interpreter, peer_kind
 from cyclewise.engine.engine import Engine
 from cyclewise.engine.request import Machine, Model
@@ -108,6 +109,7 @@ class BenchResult:
     decode_fraction_of_bandwidth: float  # median over repeats, each with its own bandwidth
     decode_fraction_of_bandwidth_spread: Spread
     idle_cpu_share: float  # of one core, while the peers had their turns; 0 without peers
+    others_cpu_share: float | None  # of the whole machine, used by none of these engines meanwhile
     peers: tuple[PeerResult, ...]
     host: dict[str, Any]
 
@@ -186,6 +188,32 @@ class _IdleClock:
         return self.cpu_seconds / self.seconds if self.seconds else 0.0
 
 
+class _OthersClock:
+    """How much of the machine is used by processes that take no part, from now on.
+
+    With every core in use, an engine whose threads wait for each other falls far: a ratio measured
+    beside busy processes says more about them than about the engines.
+    """
+
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        self.peers = peers
+        self.start, self.others_start = time.perf_counter(), self._others()
+
+    def _others(self) -> float | None:
+        busy = busy_seconds()
+        if busy is None:
+            return None
+        return busy - time.process_time() - sum(peer.cpu_seconds for peer in self.peers)
+
+    @property
+    def share(self) -> float | None:
+        others = self._others()
+        if others is None or self.others_start is None:
+            return None
+        wall = (time.perf_counter() - self.start) * (os.cpu_count() or 1)
+        return max(0.0, (others - self.others_start) / wall)
+
+
 def bytes_per_decode_token(
     weight_bytes: int, kv_bytes: int, depth: int, generate_tokens: int
 ) -> float:
@@ -238,6 +266,7 @@ def run_bench(
         for engine in engines:
             _warm_up(engine, token_ids(min(64, prompt_tokens), 0, vocab_size))
         model.machine.read_bandwidth(0)  # makes its buffer
+        others = _OthersClock(peers)
         for repeat in range(repeats):
             prompt = token_ids(prompt_tokens, 2 * repeat + 1, vocab_size)
             answer = token_ids(depth + generate_tokens, 2 * repeat + 2, vocab_size)
@@ -246,6 +275,7 @@ def run_bench(
                 told = f"repeat {repeat + 1} of {repeats}"
                 progress(f"{told}, beside {opponent.kind.name}" if opponent else told)
                 pairs.append(_run_pair(ours, opponent, work, model.machine, idle))
+        others_cpu_share = others.share
     progress("")
     fractions = Spread.of([streamed * generate_tokens / p.ours.decode / p.bandwidth for p in pairs])
     return BenchResult(
@@ -262,6 +292,7 @@ def run_bench(
         decode_fraction_of_bandwidth=fractions.median,
         decode_fraction_of_bandwidth_spread=fractions,
         idle_cpu_share=idle.share,
+        others_cpu_share=others_cpu_share,
         peers=tuple(_peer_result(peer, pairs, prompt_tokens, generate_tokens) for peer in peers),
         host=describe_host(),
     )

@@ -13,7 +13,9 @@ import platform
 import subprocess
 from typing import Any
 
-_PACKAGES = ("cyclewise", "llvmlite", "numpy")
+from cyclewise import __version__
+
+_PACKAGES = ("llvmlite", "numpy")
 
 
 def describe_host() -> dict[str, Any]:
@@ -26,7 +28,10 @@ def describe_host() -> dict[str, Any]:
         "target": host_target().name,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {
+            "cyclewise": __version__,
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -49,6 +54,20 @@ def cpu_name() -> str:
     return name
 
 
+def busy_seconds() -> float | None:
+    """Processor time that all processes and the hypervisor have used of this machine's cores.
+
+    Only differences mean anything. None where Linux does not tell.
+    """
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            ticks = [int(field) for field in file.readline().split()[1:9]]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def commit() -> str | None:
     """The commit that the package runs from, if it runs from a checkout."""
     try:
@@ -62,10 +81,3 @@ def commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -130,6 +130,11 @@ class Peer:
         self.version: str = details.pop("version")
         self.details: dict[str, Any] = details  # whatever else the peer says of itself
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time that its process had used when it last answered."""
+        return self._answered[0] if self._answered else 0.0
+
     def prefill(self, token_ids: Sequence[int]) -> float:
         """Evaluate a prompt from an empty context; seconds until its last token's logits."""
         return float(self._ask("prefill", tokens=list(token_ids))["seconds"])

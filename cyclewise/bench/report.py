@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from cyclewise.bench.bench import BenchResult, Spread
 
 
+NOISY = 0.1  # of the machine, used by others: beyond that a ratio says little
+
+
 def show_progress(text: str) -> None:
     """Keep one line of progress on standard error where that is a terminal; "" clears it."""
     if sys.stderr.isatty():
@@ -52,6 +55,11 @@ def print_bench(result: BenchResult, console: Console | None = None) -> None:
         f"{result.read_bandwidth_bytes_per_second / 1e9:.1f} GB/s that "
         f"{_count(result.threads, 'thread')} can read here"
     )
+    if result.others_cpu_share is not None and result.others_cpu_share > NOISY:
+        console.print(
+            f"other processes used {result.others_cpu_share:.0%} of this machine meanwhile: "
+            f"measure again when it is quiet"
+        )
 
 
 def _cells(spread: Spread, digits: int) -> list[str]:

@@ -43,6 +43,7 @@ def test_the_json_has_what_was_promised(fake_peer: str) -> None:
         ours = found[f"{phase}_tokens_per_second"]
         assert peer[f"{phase}_ratio"] == pytest.approx(ours["median"] / speed)
         assert peer[f"{phase}_ratio_spread"]["max"] == pytest.approx(ours["max"] / speed)
+    assert found["others_cpu_share"] is None or 0 <= found["others_cpu_share"] <= 1
     assert found["host"]["packages"].keys() == {"cyclewise", "llvmlite", "numpy"}
 
 
