@@ -187,7 +187,10 @@ class Activations:
         return self.scale * self.codes.sum(axis=2).astype(np.float32)
 
     def pack(self) -> Bytes:
-        """The 48 bytes of each group as kernels read them: (tokens, groups * 48)."""
+        """The 48 bytes of each group as kernels read them, in one dimension.
+
+        From four tokens on, a group of four tokens lies side by side; tokens that lack are zero.
+        """
         sums = self.codes.sum(axis=2)
         halves = self.codes.reshape(*sums.shape, 2, 16).sum(axis=3)
         parts = [
@@ -197,7 +200,11 @@ class Activations:
             (sums[..., None] * -8).astype(np.int32).view(np.uint8),
             (halves * -8).astype(np.int16).view(np.uint8),
         ]
-        return np.concatenate(parts, axis=2).reshape(len(sums), -1)
+        groups = np.concatenate(parts, axis=2)  # (tokens, groups, 48)
+        if len(groups) < 4:
+            return groups.reshape(-1)
+        whole = np.concatenate([groups, np.zeros_like(groups[: -len(groups) % 4])])
+        return whole.reshape(-1, 4, *groups.shape[1:]).swapaxes(1, 2).reshape(-1)
 
     def values(self) -> Floats:
         values = self.codes.astype(np.float32) * self.scale[:, :, None]

@@ -15,6 +15,7 @@ from cyclewise.machine.kernels.layout import THREAD
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from cyclewise.machine.kernels.pack import pack_unit
 from cyclewise.machine.kernels.target import host_target
+from tests import naive
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
@@ -158,13 +159,23 @@ def packed_row(
     return out[:-GUARD].view(np.float32)
 
 
+def activations(format_name: str, x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], int]:
+    """The bytes that matrix kernels of that format read, and the stride of float rows."""
+    if naive.is_quantized(format_name):
+        return naive.quantize(x).pack(), 0
+    rows = np.full((len(x), x.shape[1] + 16), np.nan, np.float32)
+    rows[:, : x.shape[1]] = x
+    return rows.view(np.uint8).reshape(-1), rows.strides[0]
+
+
 def tile_sums(
-    format_name: str, tile: NDArray[np.uint8], columns: int, x: NDArray[np.uint8]
+    format_name: str, tile: NDArray[np.uint8], x: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """(tokens, 16): a tile's rows times x, uint8 (tokens, bytes of a token as the kernel reads)."""
+    """A tile's rows times x: (tokens, 16)."""
+    rows, stride = activations(format_name, x)
     sums, scratch = guarded(len(x) * ROWS * 4), guarded(SCRATCH_BYTES)
     run = kernel(matmul_unit(format_name), f"tile_{format_name}", 7)
-    run(tile, columns, x, x.strides[0], len(x), sums, scratch)
+    run(tile, x.shape[1], rows, stride, len(x), sums, scratch)
     check_guard(sums)
     check_guard(scratch)
     return sums[:-GUARD].view(np.float32).reshape(len(x), ROWS)

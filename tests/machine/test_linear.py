@@ -14,6 +14,7 @@ from tests.machine.kernel_calls import (
     FUSED,
     GUARD,
     Thread,
+    activations,
     address,
     check_guard,
     guarded,
@@ -58,10 +59,9 @@ class Weights:
 
 
 def inputs(rng, format_name, tokens):
-    """Activations, and their bytes as a kernel reads them."""
+    """Activations, their bytes as a kernel reads them, and the stride of floats."""
     x = rng.standard_normal((tokens, COLUMNS)).astype(np.float32)
-    quantized = naive.is_quantized(format_name)
-    return x, naive.quantize(x).pack() if quantized else x.view(np.uint8)
+    return x, *activations(format_name, x)
 
 
 def run_in_pieces(name, moment, batch, thread, tiles):
@@ -84,10 +84,10 @@ def test_matrices_of_several_formats_share_an_input(formats, tokens):
         Weights(rng, name, rows, bias=bias)
         for name, rows, bias in zip(formats, (64, 32, 16), (True, False, True), strict=True)
     ]
-    x, packed_x = inputs(rng, formats[0], tokens)
+    x, packed_x, stride = inputs(rng, formats[0], tokens)
     out = guarded(tokens * 112 * 4)
     moment = record(
-        LINEAR, x=packed_x, x_stride=packed_x.strides[0], columns=COLUMNS, out=out,
+        LINEAR, x=packed_x, x_stride=stride, columns=COLUMNS, out=out,
         out_stride=112 * 4, num_parts=3,
     )  # fmt: skip
     offsets = (0, 64, 96)
@@ -104,12 +104,12 @@ def test_matrices_of_several_formats_share_an_input(formats, tokens):
 def test_the_residual_is_added_to(format_name, bias):
     rng = np.random.default_rng(1)
     weights = Weights(rng, format_name, 44, bias=bias)
-    x, packed_x = inputs(rng, format_name, 5)
+    x, packed_x, stride = inputs(rng, format_name, 5)
     hidden = np.zeros((5, 48), np.float32)
     hidden[:, :44] = rng.standard_normal((5, 44))
     before = hidden.copy()
     moment = record(
-        LINEAR, x=packed_x, x_stride=packed_x.strides[0], columns=COLUMNS, out=hidden,
+        LINEAR, x=packed_x, x_stride=stride, columns=COLUMNS, out=hidden,
         out_stride=48 * 4, add_to_out=1, num_parts=1,
     )  # fmt: skip
     whole = np.concatenate([moment, weights.part(0)])
@@ -121,19 +121,19 @@ def test_the_residual_is_added_to(format_name, bias):
 def test_only_the_rows_that_need_logits_from_a_private_buffer():
     rng = np.random.default_rng(2)
     weights = Weights(rng, "Q8_0", 37)
-    x, packed_x = inputs(rng, "Q8_0", 6)
-    private = 6 * packed_x.strides[0]
+    x, packed_x, stride = inputs(rng, "Q8_0", 2)
+    private = len(packed_x)
     buffers = np.concatenate([np.zeros_like(packed_x), packed_x])
     out = guarded(6 * 48 * 4)
     moment = record(
-        LINEAR, x=buffers, x_stride=packed_x.strides[0], x_private=1, columns=COLUMNS, out=out,
+        LINEAR, x=buffers, x_stride=stride, x_private=1, columns=COLUMNS, out=out,
         out_stride=48 * 4, of_logits=1, num_parts=1,
     )  # fmt: skip
     whole = np.concatenate([moment, weights.part(0)])
     batch = record(BATCH, num_tokens=6, num_logits=2)
     run_in_pieces("linear", whole, batch, Thread(SCRATCH, private), 3)
     logits = out[:-GUARD].view(np.float32).reshape(6, 48)
-    np.testing.assert_array_equal(logits[:2, :37], weights.sums(x[:2]))
+    np.testing.assert_array_equal(logits[:2, :37], weights.sums(x))
     assert (out[2 * 48 * 4 :] == 0xA5).all()
 
 
@@ -142,12 +142,12 @@ def test_only_the_rows_that_need_logits_from_a_private_buffer():
 def test_gated(formats, tokens):
     rng = np.random.default_rng(tokens)
     gate, up = (Weights(rng, name, 40) for name in formats)
-    x, packed_x = inputs(rng, formats[0], tokens)
+    x, packed_x, stride = inputs(rng, formats[0], tokens)
     private = packed_x.nbytes
     buffers = np.concatenate([np.zeros_like(packed_x), packed_x])
     out = guarded(tokens * 48 * 4)
     moment = record(
-        GATED, x=buffers, x_stride=packed_x.strides[0], x_private=1, columns=COLUMNS,
+        GATED, x=buffers, x_stride=stride, x_private=1, columns=COLUMNS,
         out=out, out_stride=48 * 4,
         gate_kernel=tile_kernel(formats[0]), gate=gate.packed,
         gate_tile_bytes=tile_bytes(formats[0], COLUMNS),

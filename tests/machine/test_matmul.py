@@ -19,22 +19,12 @@ from tests.machine.kernel_calls import (
 TOKENS = sorted({1, 2, 3, 4, 5, 7, 8, UNPACK_FROM - 1, UNPACK_FROM, 11, 12, 13, 16, 23, 25, 31})
 
 
-def packed_activations(format_name, x):
-    """The rows that a kernel of that format reads, as bytes, with a stride of their own."""
-    quantized = naive.is_quantized(format_name)
-    rows = naive.quantize(x).pack() if quantized else x.view(np.uint8)
-    out = np.full((len(x), rows.shape[1] + 64), 0x5A, np.uint8)
-    out[:, : rows.shape[1]] = rows
-    return out
-
-
 def check(format_name, data, x, token_counts):
     """The kernel gives the twin's bits, for every number of tokens."""
-    columns = x.shape[1]
-    tile, rows = pack(format_name, data, columns), packed_activations(format_name, x)
+    tile = pack(format_name, data, x.shape[1])
     want = naive.matmul(format_name, data, x, fused=FUSED)
     for count in token_counts:
-        got = tile_sums(format_name, tile, columns, rows[:count])
+        got = tile_sums(format_name, tile, x[:count])
         np.testing.assert_array_equal(got[:, : len(data)], want[:count])
         np.testing.assert_array_equal(got[:, len(data) :], 0)
     return want
@@ -147,8 +137,8 @@ def test_a_token_gets_the_same_bits_beside_any_others(format_name):
     columns = 1280
     data = random_rows(rng, format_name, 16, columns, 0.01)
     tile = pack(format_name, data, columns)
-    rows = packed_activations(format_name, float_inputs(rng, 40, columns))
-    alone = [tile_sums(format_name, tile, columns, rows[i : i + 1])[0] for i in range(40)]
+    x = float_inputs(rng, 40, columns)
+    alone = [tile_sums(format_name, tile, x[i : i + 1])[0] for i in range(40)]
     for first, count in [(0, 40), (1, 3), (5, 7), (2, 8), (9, 9), (3, 12), (4, 13), (11, 29)]:
-        got = tile_sums(format_name, tile, columns, rows[first : first + count])
+        got = tile_sums(format_name, tile, x[first : first + count])
         np.testing.assert_array_equal(got, np.array(alone[first : first + count]))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from cyclewise.machine.kernels.blocks import tile_bytes
-from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
 from cyclewise.machine.kernels.layout import BATCH, EMBED, NORM, PAGE_TOKENS, QUANTIZE, ROPE
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from cyclewise.machine.kernels.rows import rows_unit
@@ -90,32 +89,35 @@ def test_norm_of_the_rows_that_need_logits_into_a_private_buffer():
     )
 
 
-def test_quantize():
+@pytest.mark.parametrize("tokens", [1, 3, 4, 7, 12])
+def test_quantize(tokens):
     rng = np.random.default_rng(2)
-    tokens, columns = 7, 320
+    columns = 320
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
-    x[1] *= 1e20
-    x[2] *= 1e-20
-    x[3, :64] = 0
-    x[4, 5] = 1e4
-    x[5] = np.arange(columns) % 255 - 127  # ties to even below
-    x[6] = (np.arange(columns) % 255 - 127) / 2
-    x[6, ::32] = 127
-    stride = columns // 32 * ACTIVATION_GROUP + 16
-    for private in (0, tokens * stride):
-        out, thread = guarded(2 * tokens * stride), Thread(0, private)
-        source = (
-            x if not private else np.concatenate([np.zeros(private // 4, np.float32), x.ravel()])
-        )
-        moment = record(
-            QUANTIZE, x=source, x_stride=columns * 4, x_private=1, columns=columns,
-            out=out, out_stride=stride, out_private=1,
-        )  # fmt: skip
-        kernel(rows_unit(), "quantize")(moment, record(BATCH), thread.record, 0, tokens)
-        got = out[private : private + tokens * stride].reshape(tokens, stride)
-        np.testing.assert_array_equal(got[:, :-16], naive.quantize(x).pack())
-        assert (got[:, -16:] == 0xA5).all()
-        check_guard(out)
+    hard = [x[0] * 1e20, x[0] * 1e-20, np.arange(columns) % 255 - 127]
+    hard.append(hard[-1] / 2)  # ties, to even
+    hard[-1][::32] = 127
+    x[tokens // 2 :] = np.resize(hard, (tokens, columns))[tokens // 2 :]
+    x[0, :64] = 0
+    x[-1, 5] = 1e4
+    want = naive.quantize(x).pack()
+    for private in (0, len(want)):
+        for of_logits in (0, 1):
+            out, thread = guarded(2 * len(want)), Thread(0, private)
+            out[:-GUARD] = 0
+            source = np.concatenate([np.zeros(private // 4, np.float32), x.ravel()])
+            moment = record(
+                QUANTIZE, x=source, x_stride=columns * 4, x_private=1, columns=columns,
+                out=out, out_private=1, of_logits=of_logits,
+            )  # fmt: skip
+            counts = {"num_tokens": 512, "num_logits": tokens}
+            batch = record(BATCH, **(counts if of_logits else {"num_tokens": tokens}))
+            run = kernel(rows_unit(), "quantize")
+            run(moment, batch, thread.record, tokens // 2, tokens)
+            run(moment, batch, thread.record, 0, tokens // 2)
+            np.testing.assert_array_equal(out[private : private + len(want)], want)
+            assert not out[:private].any()
+            check_guard(out)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""Every target that this processor can run passes the kernels' tests, each in a process of its own.
+
+Targets whose multiply-adds are fused (avx512, avx2) agree with each other to the bit. The plain x86
+target rounds twice, as its twins do, and comes near.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cyclewise.errors import InvalidParameterError
+from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows, stream
+from cyclewise.machine.kernels.compiler import assembly
+from cyclewise.machine.kernels.target import host_target, make_target
+from tests.machine.kernel_calls import BLOCK_FORMATS as NAMES
+from tests.machine.kernel_calls import FORMATS
+from tests.models import tiny
+from tests.models.test_models import (
+    BLOCK_MODELS,
+    FLOAT_MODELS,
+    Runner,
+    relative_error,
+    token_ids,
+)
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("avx512", "avx2", "plain")
+KERNEL_TESTS = ("packing", "matmul", "math", "rows", "attention", "linear", "loop", "machine")
+UNITS = [
+    *(matmul.matmul_unit(name) for name in FORMATS),
+    *(pack.pack_unit(name) for name in FORMATS),
+    rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
+    stream.stream_unit(),
+]  # fmt: skip
+
+x86_only = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="looks for x86 instructions"
+)
+
+
+@pytest.fixture(scope="module")
+def other_targets():
+    """The kernels' tests, running in a process for each target that is not this process's own."""
+    able = TARGETS[TARGETS.index(host_target().name) :]
+    tests = [f"tests/machine/test_{name}.py" for name in KERNEL_TESTS]
+    tests.append("tests/models/test_models.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    running = {
+        name: subprocess.Popen(
+            command, env=os.environ | {"CYCLEWISE_TARGET": name}, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name in able[1:]
+    }  # fmt: skip
+    yield running
+    for process in running.values():
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
+def registers(text, name):
+    return re.findall(rf"%{name}\d+", text)
+
+
+# The processes of `other_targets` work while this one compiles for the next test.
+@x86_only
+@pytest.mark.parametrize("target", ["plain", "avx2"])
+def test_no_wider_register_is_used(other_targets, target):
+    widest = {"plain": (), "avx2": ("ymm",)}[target]
+    for unit in UNITS:
+        text = assembly(unit, make_target(target))
+        assert f"{unit.exports[0]}:" in text
+        for register in ("ymm", "zmm"):
+            if register not in widest:
+                assert not registers(text, register), f"{unit.name} uses {register}"
+        assert "vpdpbusd" not in text
+
+
+@x86_only
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_what_that_test_would_find(other_targets, name):
+    """The same search, where there is something: the right instructions for each target."""
+    unit = matmul.matmul_unit(name)
+    wide = assembly(unit, make_target("avx512"))
+    assert registers(wide, "zmm") and "vpdpbusd" in wide
+    narrow = assembly(unit, make_target("avx2"))
+    assert registers(narrow, "ymm") and "vpmaddubsw" in narrow and "vfmadd" in narrow
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernels_tests_pass_on_every_target(other_targets, target):
+    if target not in other_targets:
+        own = target == host_target().name
+        pytest.skip("it is this process's own" if own else "this processor cannot run it")
+    output, _ = other_targets[target].communicate(timeout=300)
+    assert other_targets[target].returncode == 0, output
+
+
+def write_logits(folder):
+    """Logits of tiny models on this process's target, for the test below."""
+    for name in ("Q4_1", "mixed", "wide_heads"):
+        model = (FLOAT_MODELS | BLOCK_MODELS)[name]
+        path = folder / f"{name}.gguf"
+        tiny.write(path, model)
+        run = Runner(path)
+        np.save(folder / f"{host_target().name}-{name}.npy", run.logits(token_ids(model, 24)))
+        run.model.close()
+
+
+def test_targets_agree(tmp_path):
+    able = TARGETS[TARGETS.index(host_target().name) :]
+    code = "import sys, pathlib, tests.machine.test_targets as t; "
+    code += "t.write_logits(pathlib.Path(sys.argv[1]))"
+    for target in able:
+        environment = os.environ | {"CYCLEWISE_TARGET": target}
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], env=environment, cwd=ROOT, check=True
+        )
+    for name in ("Q4_1", "mixed", "wide_heads"):
+        found = [np.load(tmp_path / f"{target}-{name}.npy") for target in able]
+        for target, logits in zip(able, found, strict=True):
+            if target == "plain":
+                assert relative_error(logits, found[0]) <= 1e-2
+            else:
+                np.testing.assert_array_equal(logits, found[0])
+
+
+def test_a_target_that_is_not_known_or_not_possible(monkeypatch):
+    monkeypatch.setenv("CYCLEWISE_TARGET", "avx1024")
+    with pytest.raises(InvalidParameterError, match="avx512, avx2, plain"):
+        host_target.__wrapped__()
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", dict)
+    monkeypatch.setenv("CYCLEWISE_TARGET", "avx2")
+    with pytest.raises(InvalidParameterError, match="it can run plain"):
+        host_target.__wrapped__()
+    monkeypatch.setenv("CYCLEWISE_TARGET", "")
+    assert host_target.__wrapped__().name == "plain"
