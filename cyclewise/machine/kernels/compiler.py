@@ -100,8 +100,8 @@ class Compiler:
     def __init__(self, target: Target | None = None) -> None:
         self.target = target or host_target()
         self._lock = Lock()
-        self._engine: Any = None
-        self._loaded: set[str] = set()
+        self._engines: dict[str, Any] = {}
+        self._addresses: dict[str, int] = {}
         self._announced = 0
 
     @property
@@ -113,7 +113,7 @@ class Compiler:
     def load(self, units: Iterable[Unit]) -> None:
         """Makes the functions of `units` callable; those met before cost nothing."""
         with self._lock:
-            missing = [unit for unit in units if unit.name not in self._loaded]
+            missing = [unit for unit in units if unit.name not in self._engines]
             objects = [(unit, self._read(unit)) for unit in missing]
             to_compile = [unit for unit, data in objects if data is None]
             for unit, data in objects:
@@ -121,7 +121,7 @@ class Compiler:
                     self._announce(len(to_compile))
                     data = _compile(unit, self.target)
                     self._write(unit, data)
-                if unit.name not in self._loaded:
+                if unit.name not in self._engines:
                     self._link(unit, data)
             if to_compile and sys.stderr.isatty():
                 sys.stderr.write("\r\x1b[K")
@@ -129,9 +129,9 @@ class Compiler:
 
     def address(self, name: str) -> int:
         """The address of an exported function of a loaded unit."""
-        address = int(self._engine.get_function_address(name)) if self._engine else 0
-        assert address, f"kernel {name} was not loaded"
-        return address
+        found = self._addresses.get(name)
+        assert found, f"kernel {name} was not loaded"
+        return found
 
     def _announce(self, total: int) -> None:
         self._announced += 1
@@ -144,12 +144,15 @@ class Compiler:
         sys.stderr.flush()
 
     def _link(self, unit: Unit, data: bytes) -> None:
-        if self._engine is None:
-            empty = binding.parse_assembly(f'target triple = "{binding.get_default_triple()}"')
-            self._engine = binding.create_mcjit_compiler(empty, _target_machine(self.target))
-        self._engine.add_object_file(binding.ObjectFileRef.from_data(data))
-        self._engine.finalize_object()
-        self._loaded.add(unit.name)
+        # An engine of its own: of objects that are added to one later, LLVM takes the constants'
+        # addresses from another object's offset table.
+        empty = binding.parse_assembly(f'target triple = "{binding.get_default_triple()}"')
+        engine = binding.create_mcjit_compiler(empty, _target_machine(self.target))
+        engine.add_object_file(binding.ObjectFileRef.from_data(data))
+        engine.finalize_object()
+        self._engines[unit.name] = engine
+        for name in unit.exports:
+            self._addresses[name] = int(engine.get_function_address(name))
 
     def _read(self, unit: Unit) -> bytes | None:
         """The cached object code, unless it is missing or damaged."""
