@@ -184,7 +184,8 @@ class Activations:
 
     @property
     def scaled_sum(self) -> Floats:
-        return self.scale * self.codes.sum(axis=2).astype(np.float32)
+        sums: Floats = self.codes.sum(axis=2).astype(np.float32)
+        return self.scale * sums
 
     def pack(self) -> Bytes:
         """The 48 bytes of each group as kernels read them, in one dimension.
@@ -351,10 +352,10 @@ class Transformer:
             self._heads(name + "attn_q", x), cosines, sines, neighbours=self.neighbours
         )
         keys = rotate(self._heads(name + "attn_k", x), cosines, sines, neighbours=self.neighbours)
-        keys, values = to_half(keys), to_half(self._heads(name + "attn_v", x))
+        kept, values = to_half(keys), to_half(self._heads(name + "attn_v", x))
         queries = queries / np.sqrt(self.head_dim)
         attended = [
-            attend(queries[i], keys[: i + 1], values[: i + 1]).reshape(-1) for i in range(len(x))
+            attend(queries[i], kept[: i + 1], values[: i + 1]).reshape(-1) for i in range(len(x))
         ]
         return self._linear(name + "attn_output", np.array(attended, np.float32))
 

@@ -83,7 +83,7 @@ def write(path: Path, tiny: Tiny) -> naive.Transformer:
     def matrix(kind: str, rows: int, columns: int) -> Tensor:
         return rows_of(rng, tiny.formats.get(kind, tiny.format), rows, columns)
 
-    def vector(values: NDArray[np.float32]) -> Tensor:
+    def vector(values: NDArray[np.float64]) -> Tensor:
         return values.astype(np.float32).view(np.uint8), "F32"
 
     def norm() -> Tensor:
