@@ -133,6 +133,7 @@ class Machine:
             ("counters", counters.ctypes.data),
             ("num_threads", num_threads),
             ("threads", self._threads.ctypes.data),
+            ("waiters", self._sleepers + LINE),
         ):
             self._record[STEP.index(name)] = value
         self._epoch = 0

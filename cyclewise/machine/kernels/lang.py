@@ -280,7 +280,7 @@ class Emitter:
 
     def atomic_load(self, address: Value, type_: ir.IntType = I64) -> Value:
         pointer = self._pointer(address, type_)
-        return Value(self, self.builder.load_atomic(pointer, "acquire", type_.width // 8))
+        return Value(self, self.builder.load_atomic(pointer, "seq_cst", type_.width // 8))
 
     def atomic_store(self, address: Value, value: Value) -> None:
         pointer = self._pointer(address, value.type)
@@ -294,7 +294,7 @@ class Emitter:
     ) -> tuple[Value, Value]:
         """Returns what lay there and whether `desired` took its place."""
         pointer = self._pointer(address, expected.type)
-        pair = self.builder.cmpxchg(pointer, expected.value, desired.value, "acq_rel", "acquire")
+        pair = self.builder.cmpxchg(pointer, expected.value, desired.value, "seq_cst", "seq_cst")
         return (
             Value(self, self.builder.extract_value(pair, 0)),
             Value(self, self.builder.extract_value(pair, 1)),

@@ -55,7 +55,10 @@ ATTENTION = (
 STREAM = ("source",)
 
 SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
-STEP = ("epoch", "num_moments", "schedule", "batch", "counters", "num_threads", "threads")
+STEP = (
+    "epoch", "num_moments", "schedule", "batch", "counters", "num_threads", "threads",
+    "waiters",  # the address of the number of threads that sleep inside a step
+)  # fmt: skip
 
 
 class Record:

@@ -9,7 +9,9 @@ A *replicated* moment is one that every thread computes for itself, because that
 handing it over.
 
 `work(step, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it
-returns when the epoch's word becomes `STOP`. Waiting spins, then yields, then parks.
+returns when the epoch's word becomes `STOP`. Waiting spins, then parks: a thread that only yields
+keeps its core from one that was put to sleep inside a tile. Between steps, where a new one is due
+soon, it yields before it parks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ LINE = 64
 """Bytes of a cache line: every counter has its own."""
 STOP = -1
 
-SPINS_IN_STEP = 256
+SPINS_IN_STEP = 1_000
 SPINS_BETWEEN_STEPS = 2_000
 YIELDS_BETWEEN_STEPS = 200
 
@@ -44,19 +46,33 @@ def _yield(emitter: Emitter) -> None:
         emitter.call_c("sched_yield", I32)
 
 
-def _park(emitter: Emitter, address: Value, epoch: Value) -> None:
-    """Sleeps while the low half of the word at `address` is `epoch`; may wake for no reason."""
+def _futex(emitter: Emitter, address: Value, operation: int, value: Value) -> None:
+    number, private = emitter.constant(_FUTEX), emitter.constant(operation + 128)
+    none = emitter.constant(0)
+    arguments = (number, address, private, value, none, none, none)
+    emitter.call_c("syscall", I64, *arguments, variadic=1)
+
+
+def _park(emitter: Emitter, address: Value, seen: Value, sleepers: Value) -> None:
+    """Sleeps while the low half of the word at `address` is that of `seen`; may wake for no reason.
+
+    `sleepers` counts who sleeps, so that nobody pays for waking when nobody does.
+    """
     if _FUTEX:
-        expected = epoch & 0xFFFFFFFF
-        wait_private, none = emitter.constant(128), emitter.constant(0)
-        number = emitter.constant(_FUTEX)
-        emitter.call_c(
-            "syscall", I64, number, address, wait_private, expected, none, none, none, variadic=1
-        )
+        emitter.atomic_add(sleepers, emitter.constant(1))
+        _futex(emitter, address, 0, seen & 0xFFFFFFFF)
+        emitter.atomic_add(sleepers, emitter.constant(-1))
     elif sys.platform == "win32":
         emitter.call_c("Sleep", I32, emitter.constant(1, I32))
     else:
         emitter.call_c("usleep", I32, emitter.constant(500, I32))
+
+
+def _wake(emitter: Emitter, address: Value, sleepers: Value) -> None:
+    """Wakes all who sleep on the word at `address`, which the caller has just changed."""
+    if _FUTEX:
+        with emitter.when(emitter.atomic_load(sleepers) > 0):
+            _futex(emitter, address, 1, emitter.constant(0x7FFFFFFF))
 
 
 def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
@@ -109,6 +125,8 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
                 count = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
                 _, won = emitter.compare_exchange(done_at, word, tag | (count + mine))
                 leave_if(won)
+            with emitter.when(mine > 0):
+                _wake(emitter, done_at, s.waiters)
             spins = emitter.variable(emitter.constant(0))
             with emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
@@ -117,7 +135,7 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
                 _pause(emitter)
                 spins.add(1)
                 with emitter.when(spins.get() > SPINS_IN_STEP):
-                    _yield(emitter)
+                    _park(emitter, done_at, word, s.waiters)
 
 
 def _work(emitter: Emitter, execute: object, step: Value, thread: Value, sleepers: Value) -> None:
@@ -137,30 +155,13 @@ def _work(emitter: Emitter, execute: object, step: Value, thread: Value, sleeper
             with emitter.when(spent > SPINS_BETWEEN_STEPS):
                 _yield(emitter)
             with emitter.when(spent > SPINS_BETWEEN_STEPS + YIELDS_BETWEEN_STEPS):
-                emitter.atomic_add(sleepers, emitter.constant(1))
-                _park(emitter, step, before.get())
-                emitter.atomic_add(sleepers, emitter.constant(-1))
+                _park(emitter, step, before.get(), sleepers)
 
 
 def _post(emitter: Emitter, step: Value, epoch: Value, sleepers: Value) -> None:
     """Makes `epoch` the current one and wakes who sleeps."""
     emitter.atomic_store(step, epoch)
-    if _FUTEX:
-        with emitter.when(emitter.atomic_load(sleepers) > 0):
-            wake_private, all_of_them = emitter.constant(129), emitter.constant(0x7FFFFFFF)
-            none, number = emitter.constant(0), emitter.constant(_FUTEX)
-            emitter.call_c(
-                "syscall",
-                I64,
-                number,
-                step,
-                wake_private,
-                all_of_them,
-                none,
-                none,
-                none,
-                variadic=1,
-            )
+    _wake(emitter, step, sleepers)
 
 
 def loop_unit() -> Unit:
