@@ -22,9 +22,11 @@ class Loop:
     def __init__(self, num_threads, moments):
         self.num_threads, self.moments = num_threads, moments
         self.counters = np.zeros((len(moments), num_threads + 1, LINE), np.uint8)
+        self.waiters = np.zeros(1, np.int64)
         # Each counter's word: a thread's claims, and last the tiles done.
         self.words = self.counters.view(np.uint64)[:, :, 0]
         self.threads = np.array([record(THREAD, scratch=i) for i in range(num_threads)])
+        self.waiters = np.zeros(1, np.int64)
         self.calls = []
         self._lock = threading.Lock()
         self._callbacks = []
@@ -52,6 +54,8 @@ class Loop:
         return record(
             STEP, epoch=epoch, num_moments=len(self.moments), schedule=self.schedule,
             counters=self.counters, num_threads=self.num_threads, threads=self.threads,
+            waiters=self.waiters,
+            waiters=self.waiters,
         )  # fmt: skip
 
     def execute(self, epoch, threads=(0,)):
