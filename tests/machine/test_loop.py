@@ -70,6 +70,7 @@ class Loop:
         for each in running:
             each.join(SECONDS)
             assert not each.is_alive(), "the loop hangs"
+        assert self.waiters[0] == 0
         return list(self.calls)
 
     def check(self, calls, threads=(0,)):
