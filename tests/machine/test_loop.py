@@ -55,7 +55,6 @@ class Loop:
             STEP, epoch=epoch, num_moments=len(self.moments), schedule=self.schedule,
             counters=self.counters, num_threads=self.num_threads, threads=self.threads,
             waiters=self.waiters,
-            waiters=self.waiters,
         )  # fmt: skip
 
     def execute(self, epoch, threads=(0,)):
