@@ -26,7 +26,6 @@ class Loop:
         # Each counter's word: a thread's claims, and last the tiles done.
         self.words = self.counters.view(np.uint64)[:, :, 0]
         self.threads = np.array([record(THREAD, scratch=i) for i in range(num_threads)])
-        self.waiters = np.zeros(1, np.int64)
         self.calls = []
         self._lock = threading.Lock()
         self._callbacks = []
