@@ -298,7 +298,8 @@ def models(ctx: typer.Context, as_json: AsJson = False) -> None:
     if ctx.invoked_subcommand is not None:
         return
     from cyclewise import terminal
-    from cyclewise.weights.sources import KNOWN, cache_dir, cached_models
+    from cyclewise.paths import cache_dir
+    from cyclewise.weights.sources import KNOWN, cached_models
 
     cached = {entry.name: entry for entry in cached_models()}
     names = list(dict.fromkeys([*KNOWN, *cached]))

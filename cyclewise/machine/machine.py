@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,18 @@ from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.kernels.layout import (
     BATCH,
+    FINISHED_AT,
+    LINE,
     PAGE_TOKENS,
     QUERY_BLOCK,
     SCHEDULE,
     STEP,
+    STEPS_AT,
     THREAD,
+    WAITERS_AT,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.loop import LINE, STOP
+from cyclewise.machine.kernels.loop import STOP
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.program import Moment, Program
 
@@ -36,6 +41,8 @@ REPLICATE_UP_TO = 4
 """Tokens of a batch in which every thread normalizes and quantizes for itself."""
 CLAIMS_PER_THREAD = 8
 """Into how many claims a thread's share of a moment is cut."""
+MAX_SCHEDULES = 64
+"""Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28
 """The buffer that `read_bandwidth` reads."""
 
@@ -91,6 +98,10 @@ class Machine:
     """Threads and the records they read. One caller at a time: the engine takes turns."""
 
     def __init__(self, program: Program, num_threads: int) -> None:
+        if not 1 <= num_threads <= program.num_threads:
+            raise InvalidParameterError(
+                f"The program was built for {program.num_threads} threads, not {num_threads}."
+            )
         self.program = program
         self.num_threads = num_threads
         self.max_batch_tokens = MAX_BATCH_TOKENS
@@ -98,16 +109,19 @@ class Machine:
         self.num_pages = program.num_pages
         compiler = host_compiler()
         self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
-        self._step = callable_at(compiler.address("step"), 3)
-        self._post = callable_at(compiler.address("post"), 3)
-        self._work = callable_at(compiler.address("work"), 3)
+        self._step = callable_at(compiler.address("step"), 2)
+        self._post = callable_at(compiler.address("post"), 2)
+        self._work = callable_at(compiler.address("work"), 2)
         self._schedules: dict[tuple[int, int, int], tuple[NDArray[np.int64], bool]] = {}
 
-        self._scratch = allocate(num_threads * self._scratch_stride)
-        self._threads = np.zeros((num_threads, len(THREAD)), np.int64)
-        scratch = THREAD.index("scratch")
-        for i in range(num_threads):
-            self._threads[i, scratch] = self._scratch.ctypes.data + i * self._scratch_stride
+        # Two tables, because a helper that comes late must find its own: in a small batch each
+        # thread has private buffers, in a large one they are shared.
+        stride = -(-program.scratch_bytes // 4096) * 4096 + 4096
+        self._scratch = allocate(num_threads * stride)
+        self._threads = np.zeros((2, num_threads, len(THREAD)), np.int64)
+        indices = np.arange(num_threads)
+        self._threads[:, :, THREAD.index("scratch")] = self._scratch.ctypes.data + indices * stride
+        self._threads[1, :, THREAD.index("private")] = indices * program.private_bytes
         counters = allocate(len(program.moments) * (num_threads + 1) * LINE)
         self._counters = counters
         self._token_ids = np.zeros(MAX_BATCH_TOKENS, np.int32)
@@ -124,20 +138,21 @@ class Machine:
             ("query_blocks", self._blocks),
         ):
             self._batch[BATCH.index(name)] = array.ctypes.data
-        # The epoch's word, alone on its line, then the helpers that sleep.
-        self._shared = allocate(4096)
-        self._record = self._shared[:1024].view(np.int64)
-        self._sleepers = int(self._shared[2048:].ctypes.data)
+        self._shared = allocate(FINISHED_AT + num_threads * LINE)
+        self._steps = self._shared[STEPS_AT : STEPS_AT + 2 * LINE].view(np.int64).reshape(2, -1)
         for name, value in (
             ("batch", self._batch.ctypes.data),
             ("counters", counters.ctypes.data),
             ("num_threads", num_threads),
-            ("threads", self._threads.ctypes.data),
-            ("waiters", self._sleepers + LINE),
+            ("waiters", self._shared.ctypes.data + WAITERS_AT),
         ):
-            self._record[STEP.index(name)] = value
+            self._steps[:, STEP.index(name)] = value
+        finished = self._shared[FINISHED_AT : FINISHED_AT + num_threads * LINE]
+        self._finished = finished.view(np.int64).reshape(num_threads, -1)[1:, 0]
         self._epoch = 0
         self._probe: NDArray[np.uint8] | None = None
+        self._probe_record = np.zeros(1, np.int64)
+        self._probe_schedule = np.zeros((1, len(SCHEDULE)), np.int64)
         self._helpers = [
             threading.Thread(target=self._help, args=(i,), name=f"cyclewise-{i}", daemon=True)
             for i in range(1, num_threads)
@@ -145,17 +160,13 @@ class Machine:
         for helper in self._helpers:
             helper.start()
 
-    @property
-    def _scratch_stride(self) -> int:
-        return -(-self.program.scratch_bytes // 4096) * 4096 + 4096
-
     def _help(self, index: int) -> None:
-        self._work(self._record.ctypes.data, index, self._sleepers)
+        self._work(self._shared.ctypes.data, index)
 
     def close(self) -> None:
         """Ends the helper threads."""
         if self._helpers:
-            self._post(self._record.ctypes.data, STOP, self._sleepers)
+            self._post(self._shared.ctypes.data, STOP)
             for helper in self._helpers:
                 helper.join()
             self._helpers = []
@@ -181,11 +192,7 @@ class Machine:
         num_blocks = self._place(chunks)
         self._batch[0], self._batch[1] = num_tokens, num_logits
         schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
-        if self.num_threads > 1:
-            stride = self.program.private_bytes if replicated else 0
-            for i in range(1, self.num_threads):
-                self._threads[i, 1] = i * stride
-        self._run(schedule, len(self.program.moments))
+        self._run(schedule, replicated)
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def read_bandwidth(self, seconds: float = 0.3) -> float:
@@ -201,25 +208,27 @@ class Machine:
         if self._probe is None:
             self._probe = allocate(PROBE_BYTES)
             self._probe[::4096] = 1
+            self._probe_record[0] = self._probe.ctypes.data
         tiles = PROBE_BYTES // stream.TILE_BYTES
-        record = np.array([self._probe.ctypes.data], np.int64)
         values = {
-            "kernel": compiler.address("stream"), "moment": record.ctypes.data, "num_tiles": tiles,
-            "grain": max(1, tiles // (16 * self.num_threads)), "replicated": 0,
+            "kernel": compiler.address("stream"), "moment": self._probe_record.ctypes.data,
+            "num_tiles": tiles, "grain": max(1, tiles // (16 * self.num_threads)), "replicated": 0,
         }  # fmt: skip
-        schedule = np.array([values[name] for name in SCHEDULE], np.int64)
+        self._probe_schedule[0] = [values[name] for name in SCHEDULE]
         best, end = 0.0, time.perf_counter() + seconds
         while time.perf_counter() < end:
             start = time.perf_counter()
-            self._run(schedule, 1)
+            self._run(self._probe_schedule, False)
             best = max(best, PROBE_BYTES / (time.perf_counter() - start))
         return best
 
-    def _run(self, schedule: NDArray[np.int64], num_moments: int) -> None:
-        self._record[STEP.index("schedule")] = schedule.ctypes.data
-        self._record[STEP.index("num_moments")] = num_moments
-        self._epoch = (self._epoch + 1) & 0x3FFFFFFF or 1
-        self._step(self._record.ctypes.data, self._epoch, self._sleepers)
+    def _run(self, schedule: NDArray[np.int64], replicated: bool) -> None:
+        self._epoch = (self._epoch + 1) & 0xFFFFFFFF
+        step = self._steps[self._epoch & 1]
+        step[STEP.index("schedule")] = schedule.ctypes.data
+        step[STEP.index("num_moments")] = len(schedule)
+        step[STEP.index("threads")] = self._threads[int(replicated)].ctypes.data
+        self._step(self._shared.ctypes.data, self._epoch)
 
     def _check(
         self,
@@ -246,7 +255,8 @@ class Machine:
             )
             _require(pages.min() >= 0 and pages.max() < self.num_pages, "a page")
         _require(covered == num_tokens, "the number of tokens in chunks")
-        _require(all(0 <= row < num_tokens for row in logit_rows), "a row of logits")
+        ascending = all(a < b for a, b in pairwise(logit_rows))
+        _require(ascending and all(0 <= row < num_tokens for row in logit_rows), "a row of logits")
 
     def _place(self, chunks: Sequence[Chunk]) -> int:
         """Writes positions, cache slots and query blocks; returns the number of blocks."""
@@ -281,7 +291,8 @@ class Machine:
             replicated = num_tokens <= REPLICATE_UP_TO
             rows = [self._entry(moment, key, replicated) for moment in self.program.moments]
             found = np.array(rows, np.int64), replicated
-            if len(self._schedules) >= 64:
+            # A helper that has not left its last step may still read that step's schedule.
+            if len(self._schedules) >= MAX_SCHEDULES and (self._finished == self._epoch).all():
                 self._schedules.clear()
             self._schedules[key] = found
         return found

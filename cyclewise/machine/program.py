@@ -7,11 +7,15 @@ program before a kernel sees it.
 
 Buffers, float32 unless said otherwise, one row a token:
 
-    hidden     (tokens, hidden)               the residual stream normed     (tokens, widest
-    input)         a norm's output                        } private to a thread quantized
-    (tokens, groups, 48 bytes)     int8 activations (`kernels/dot.py`)    } in a small batch qkv
-    (tokens, heads + 2 kv_heads, head_dim) attended   (tokens, heads, head_dim) gated
-    (tokens, feed-forward) logits     (logit rows, vocabulary)
+    hidden     (tokens, hidden)             the residual stream
+    normed     (tokens, hidden)             a norm's output
+    quantized  (tokens, groups, 48 bytes)   int8 activations (`kernels/dot.py`)
+    qkv        (tokens, heads + 2 kv_heads, head_dim)
+    attended   (tokens, heads, head_dim)
+    gated      (tokens, feed-forward)
+    logits     (logit rows, vocabulary)
+
+In a small batch every thread has `normed` and `quantized` of its own.
 """
 
 from __future__ import annotations
@@ -98,6 +102,8 @@ class Program:
     kv_bytes_per_token: int
     logits: NDArray[np.float32]
     """(MAX_BATCH_TOKENS, padded vocabulary)."""
+    num_threads: int
+    """Threads that there are private buffers for."""
     private_bytes: int
     """From one thread's private buffers to the next's."""
     scratch_bytes: int
@@ -130,7 +136,7 @@ class Builder:
     ) -> None:  # fmt: skip
         self._moments: list[Moment] = []
         self._memory: list[object] = []
-        self._epsilon = epsilon
+        self._epsilon, self._num_threads = epsilon, num_threads
         self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._padded_head_dim = -(-head_dim // ROWS) * ROWS
         self._vocab_size, self._context = vocab_size, context_length
@@ -384,7 +390,7 @@ class Builder:
         return Program(
             tuple(self._moments), self._vocab_size, self._context,
             self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
-            self._private_bytes, scratch, (*self._memory, *keep_alive),
+            self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
         )  # fmt: skip
 
 

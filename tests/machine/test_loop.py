@@ -8,8 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from cyclewise.machine.kernels.layout import SCHEDULE, STEP, THREAD
-from cyclewise.machine.kernels.loop import LINE, STOP, loop_unit
+from cyclewise.machine.kernels.layout import LINE, SCHEDULE, SLEEPERS_AT, STEP, STEPS_AT, THREAD
+from cyclewise.machine.kernels.loop import STOP, loop_unit
 from tests.machine.kernel_calls import kernel, record
 
 SECONDS = 20
@@ -38,7 +38,7 @@ class Loop:
                 record(SCHEDULE, kernel=at, num_tiles=tiles, grain=grain, replicated=replicated)
             )
         self.schedule = np.array(rows)
-        self._execute = kernel(loop_unit(), "execute", 2)
+        self._execute = kernel(loop_unit(), "execute", 3)
 
     def _noting(self, index):
         def note(moment, batch, context, first, last):
@@ -48,20 +48,26 @@ class Loop:
 
         return note
 
-    def record(self, epoch):
-        """The step's record, as a thread that read it in that epoch has it."""
-        return record(
-            STEP, epoch=epoch, num_moments=len(self.moments), schedule=self.schedule,
+    def shared(self, epoch):
+        """What threads share while that epoch is the current one."""
+        shared = np.zeros(64, np.int64)
+        at = (STEPS_AT + (epoch & 1) * LINE) // 8
+        shared[at : at + len(STEP)] = record(
+            STEP, num_moments=len(self.moments), schedule=self.schedule,
             counters=self.counters, num_threads=self.num_threads, threads=self.threads,
             waiters=self.waiters,
         )  # fmt: skip
+        shared[0] = epoch
+        return shared
 
-    def execute(self, epoch, threads=(0,)):
+    def execute(self, epoch, threads=(0,), current=None):
         """Threads execute that epoch, at the same time; returns the calls that they made."""
         self.calls.clear()
-        step = self.record(epoch)
+        shared = self.shared(epoch)
+        shared[0] = epoch if current is None else current
         running = [
-            threading.Thread(target=self._execute, args=(step, i), daemon=True) for i in threads
+            threading.Thread(target=self._execute, args=(shared, epoch, i), daemon=True)
+            for i in threads
         ]
         for each in running:
             each.start()
@@ -113,7 +119,7 @@ def test_a_thread_that_comes_when_all_is_done_finds_nothing():
 
 @pytest.mark.parametrize(
     ("slept_at", "woke_at"),
-    [(1, 2), (1, 9), (5, 5 + (1 << 30)), ((1 << 31) - 1, 1 << 31), ((1 << 32) - 2, (1 << 32) - 1)],
+    [(1, 2), (1, 9), (5, 5 + (1 << 30)), ((1 << 31) - 1, 1 << 31), ((1 << 32) - 1, 0)],
 )
 def test_a_thread_that_slept_through_steps_finds_nothing(slept_at, woke_at):
     """It holds the record of an old epoch while the counters carry a later one."""
@@ -130,7 +136,7 @@ def test_a_thread_that_slept_through_steps_finds_nothing(slept_at, woke_at):
 
     # The later step is half done: the sleeper takes nothing of it either.
     half = Loop(2, [(7, 1, 0), (40, 3, 0)])
-    half.words[:] = woke_at - 1 << 32
+    half.words[:] = (woke_at - 1) % (1 << 32) << 32
     half.words[0] = woke_at << 32 | 1
     half.words[0, 2] += 1
     kept = half.counters.copy()
@@ -141,22 +147,32 @@ def test_a_thread_that_slept_through_steps_finds_nothing(slept_at, woke_at):
 def test_a_helper_works_until_it_is_stopped():
     """A helper's life: it wakes for a new epoch, also when it has parked, and returns at STOP."""
     loop = Loop(2, [(64, 1, 0), (5, 1, 0)])
-    shared = np.zeros(64, np.int64)
-    shared[: len(STEP)] = loop.record(0)
-    sleepers = shared.ctypes.data + 256
-    work, step, post = (kernel(loop_unit(), name, 3) for name in ("work", "step", "post"))
-    helper = threading.Thread(target=work, args=(shared, 1, sleepers), daemon=True)
+    shared = loop.shared(0)
+    shared[STEPS_AT // 8 + LINE // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
+    sleepers = SLEEPERS_AT // 8
+    work, step, post = (kernel(loop_unit(), name, 2) for name in ("work", "step", "post"))
+    helper = threading.Thread(target=work, args=(shared, 1), daemon=True)
     helper.start()
     for epoch in range(1, 30):
         if epoch % 10 == 0:  # until it sleeps
             for _ in range(1000):
-                if shared[32] == 1:
+                if shared[sleepers] == 1:
                     break
                 threading.Event().wait(0.002)
         loop.calls.clear()
-        step(shared, epoch, sleepers)
+        step(shared, epoch)
         loop.check(loop.calls)
-    post(shared, STOP, sleepers)
+    post(shared, STOP)
     helper.join(SECONDS)
     assert not helper.is_alive()
-    assert shared[32] == 0
+    assert shared[sleepers] == 0
+
+
+def test_a_thread_whose_record_was_written_over_leaves():
+    """It read the epoch, slept, and would now read the record of a step that came two later."""
+    early = Loop(2, [(7, 1, 0), (40, 3, 0)])
+    early.execute(5)
+    late = Loop(2, [(9, 1, 0), (64, 3, 0)])
+    late.counters[:] = early.counters
+    assert late.execute(5, threads=(1,), current=6) == []
+    np.testing.assert_array_equal(late.counters, early.counters)

@@ -158,3 +158,16 @@ def test_a_machine_of_one_thread_runs_the_same_program(machine):
     single = Machine(machine.program, 1)
     np.testing.assert_array_equal(logits(single), want)
     single.close()
+
+
+def test_the_epoch_may_wrap_around(machine):
+    want = logits(machine)
+    machine._epoch = (1 << 32) - 10
+    machine._counters[:] = 0
+    machine._counters.view(np.uint64)[:] = machine._epoch - 1 << 32
+    np.testing.assert_array_equal(logits(machine), want)
+
+
+def test_a_machine_of_more_threads_than_the_program_is_refused(machine):
+    with pytest.raises(InvalidParameterError, match="built for"):
+        Machine(machine.program, machine.program.num_threads + 1)

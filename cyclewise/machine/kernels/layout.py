@@ -56,9 +56,15 @@ STREAM = ("source",)
 
 SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
 STEP = (
-    "epoch", "num_moments", "schedule", "batch", "counters", "num_threads", "threads",
+    "num_moments", "schedule", "batch", "counters", "num_threads", "threads",
     "waiters",  # the address of the number of threads that sleep inside a step
 )  # fmt: skip
+
+LINE = 64
+"""Bytes of a cache line: what several threads write has its own."""
+STEPS_AT, SLEEPERS_AT, WAITERS_AT, FINISHED_AT = LINE, 3 * LINE, 4 * LINE, 5 * LINE
+"""What threads share: the epoch, the records of two steps (by the epoch's parity), how many helpers
+sleep between steps and inside one, and for each thread the last epoch that it has left."""
 
 
 class Record:

@@ -1,14 +1,14 @@
 """The loop that executes a program, and the threads' life around it.
 
-`execute(step, thread)` walks the moments of a step. Threads claim tiles from counters, their own
-share first, then the others', and a moment is over when its tiles are done, not when its threads
-have arrived: a thread that the operating system has put to sleep holds nobody up. A counter is
-one word, `epoch << 32 | next`; a claim is a compare-and-swap that carries the step's epoch, so
-that a thread which slept through steps finds nothing to claim, and nobody has to reset a counter.
-A *replicated* moment is one that every thread computes for itself, because that costs less than
-handing it over.
+`execute(shared, epoch, thread)` walks the moments of a step. Threads claim tiles from counters,
+their own share first, then the others', and a moment is over when its tiles are done, not when
+its threads have arrived: a thread that the operating system has put to sleep holds nobody up. A
+counter is one word, `epoch << 32 | next`; a claim is a compare-and-swap that carries the step's
+epoch, so that a thread which slept through steps finds nothing to claim, and nobody has to reset
+a counter. A *replicated* moment is one that every thread computes for itself, because that costs
+less than handing it over.
 
-`work(step, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it
+`work(shared, thread)` is a helper thread's life: wait for a new epoch, execute it, again; it
 returns when the epoch's word becomes `STOP`. Waiting spins, then parks: a thread that only yields
 keeps its core from one that was put to sleep inside a tile. Between steps, where a new one is due
 soon, it yields before it parks.
@@ -21,10 +21,17 @@ import sys
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.lang import I32, I64, Emitter, Value
-from cyclewise.machine.kernels.layout import SCHEDULE, STEP, THREAD, Record
+from cyclewise.machine.kernels.layout import (
+    FINISHED_AT,
+    LINE,
+    SCHEDULE,
+    SLEEPERS_AT,
+    STEP,
+    STEPS_AT,
+    THREAD,
+    Record,
+)
 
-LINE = 64
-"""Bytes of a cache line: every counter has its own."""
 STOP = -1
 
 SPINS_IN_STEP = 1_000
@@ -75,12 +82,16 @@ def _wake(emitter: Emitter, address: Value, sleepers: Value) -> None:
             _futex(emitter, address, 1, emitter.constant(0x7FFFFFFF))
 
 
-def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
-    s = Record(emitter, step, STEP)
-    epoch, threads = s.epoch, s.num_threads
+def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> None:
+    # The next step's record is written beside ours and the one after it over ours: what was read
+    # is one step's if the epoch is still ours afterwards. If not, the step is over.
+    at = shared + (epoch & 1) * LINE + STEPS_AT
+    fields = {name: emitter.atomic_load(at + 8 * i) for i, name in enumerate(STEP)}
+    emitter.return_if(emitter.atomic_load(shared).differs(epoch))
+    threads, batch, schedule = fields["num_threads"], fields["batch"], fields["schedule"]
+    counters, waiters = fields["counters"], fields["waiters"]
     tag = epoch << 32
-    context = s.threads + thread * (8 * len(THREAD))
-    batch, schedule, counters = s.batch, s.schedule, s.counters
+    context = fields["threads"] + thread * (8 * len(THREAD))
     stride = (threads + 1) * LINE
 
     def is_later(word: Value) -> Value:
@@ -88,7 +99,7 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
         difference = emitter.cast(word >> 32, I32, "trunc") - emitter.cast(epoch, I32, "trunc")
         return difference > 0
 
-    with emitter.range(0, s.num_moments) as index:
+    with emitter.range(0, fields["num_moments"]) as index:
         entry = Record(emitter, schedule + index * (8 * len(SCHEDULE)), SCHEDULE)
         kernel, moment, tiles, grain = entry.kernel, entry.moment, entry.num_tiles, entry.grain
 
@@ -109,7 +120,7 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
                 with emitter.loop() as leave_if:
                     word = emitter.atomic_load(counter)
                     emitter.return_if(is_later(word))
-                    ours = (word >> 32).equals(epoch & 0xFFFFFFFF)
+                    ours = (word >> 32).equals(epoch)
                     claimed = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
                     leave_if(claimed >= size)
                     end = claimed + grain
@@ -121,12 +132,12 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
             mine = done.get()
             with emitter.when(mine > 0), emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
-                ours = (word >> 32).equals(epoch & 0xFFFFFFFF)
+                ours = (word >> 32).equals(epoch)
                 count = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
                 _, won = emitter.compare_exchange(done_at, word, tag | (count + mine))
                 leave_if(won)
             with emitter.when(mine > 0):
-                _wake(emitter, done_at, s.waiters)
+                _wake(emitter, done_at, waiters)
             spins = emitter.variable(emitter.constant(0))
             with emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
@@ -135,19 +146,20 @@ def _execute(emitter: Emitter, step: Value, thread: Value) -> None:
                 _pause(emitter)
                 spins.add(1)
                 with emitter.when(spins.get() > SPINS_IN_STEP):
-                    _park(emitter, done_at, word, s.waiters)
+                    _park(emitter, done_at, word, waiters)
 
 
-def _work(emitter: Emitter, execute: object, step: Value, thread: Value, sleepers: Value) -> None:
+def _work(emitter: Emitter, execute: object, shared: Value, thread: Value) -> None:
     before = emitter.variable(emitter.constant(0))
     idle = emitter.variable(emitter.constant(0))
     with emitter.loop() as leave_if:
-        epoch = emitter.atomic_load(step)
+        epoch = emitter.atomic_load(shared)
         leave_if(epoch.equals(STOP))
         with emitter.when(epoch.differs(before.get())):
             before.set(epoch)
             idle.set(emitter.constant(0))
-            emitter.call(execute, step, thread)  # type: ignore[arg-type]
+            emitter.call(execute, shared, epoch, thread)  # type: ignore[arg-type]
+            emitter.atomic_store(shared + thread * LINE + FINISHED_AT, epoch)
         with emitter.when(epoch.equals(before.get())):
             idle.add(1)
             spent = idle.get()
@@ -155,25 +167,25 @@ def _work(emitter: Emitter, execute: object, step: Value, thread: Value, sleeper
             with emitter.when(spent > SPINS_BETWEEN_STEPS):
                 _yield(emitter)
             with emitter.when(spent > SPINS_BETWEEN_STEPS + YIELDS_BETWEEN_STEPS):
-                _park(emitter, step, before.get(), sleepers)
+                _park(emitter, shared, before.get(), shared + SLEEPERS_AT)
 
 
-def _post(emitter: Emitter, step: Value, epoch: Value, sleepers: Value) -> None:
+def _post(emitter: Emitter, shared: Value, epoch: Value) -> None:
     """Makes `epoch` the current one and wakes who sleeps."""
-    emitter.atomic_store(step, epoch)
-    _wake(emitter, step, sleepers)
+    emitter.atomic_store(shared, epoch)
+    _wake(emitter, shared, shared + SLEEPERS_AT)
 
 
 def loop_unit() -> Unit:
     def write(emitter: Emitter) -> None:
-        execute = emitter.function("execute", 2, lambda *a: _execute(emitter, *a))
-        emitter.function("work", 3, lambda *a: _work(emitter, execute, *a))
-        emitter.function("post", 3, lambda *a: _post(emitter, *a))
+        execute = emitter.function("execute", 3, lambda *a: _execute(emitter, *a))
+        emitter.function("work", 2, lambda *a: _work(emitter, execute, *a))
+        emitter.function("post", 2, lambda *a: _post(emitter, *a))
 
-        def step(at: Value, epoch: Value, sleepers: Value) -> None:
-            _post(emitter, at, epoch, sleepers)
-            emitter.call(execute, at, emitter.constant(0))
+        def step(shared: Value, epoch: Value) -> None:
+            _post(emitter, shared, epoch)
+            emitter.call(execute, shared, epoch, emitter.constant(0))
 
-        emitter.function("step", 3, step)
+        emitter.function("step", 2, step)
 
     return Unit("loop", write, ("execute", "work", "post", "step"))
