@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -94,6 +95,16 @@ def _require(condition: bool, what: str) -> None:
         raise InvalidParameterError(f"The batch is not sound: {what} is out of range.")
 
 
+def _help(work: int, shared: NDArray[np.uint8], index: int) -> None:
+    callable_at(work, 2)(shared.ctypes.data, index)
+
+
+def _end(post: int, shared: NDArray[np.uint8], helpers: list[threading.Thread]) -> None:
+    callable_at(post, 2)(shared.ctypes.data, STOP)
+    for helper in helpers:
+        helper.join()
+
+
 class Machine:
     """Threads and the records they read. One caller at a time: the engine takes turns."""
 
@@ -110,8 +121,6 @@ class Machine:
         compiler = host_compiler()
         self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
         self._step = callable_at(compiler.address("step"), 2)
-        self._post = callable_at(compiler.address("post"), 2)
-        self._work = callable_at(compiler.address("work"), 2)
         self._schedules: dict[tuple[int, int, int], tuple[NDArray[np.int64], bool]] = {}
 
         # Two tables, because a helper that comes late must find its own: in a small batch each
@@ -153,23 +162,22 @@ class Machine:
         self._probe: NDArray[np.uint8] | None = None
         self._probe_record = np.zeros(1, np.int64)
         self._probe_schedule = np.zeros((1, len(SCHEDULE)), np.int64)
+        shared = self._shared
         self._helpers = [
-            threading.Thread(target=self._help, args=(i,), name=f"cyclewise-{i}", daemon=True)
-            for i in range(1, num_threads)
-        ]
+            threading.Thread(
+                target=_help, args=(compiler.address("work"), shared, index), daemon=True,
+                name=f"cyclewise-{index}",
+            )
+            for index in range(1, num_threads)
+        ]  # fmt: skip
         for helper in self._helpers:
             helper.start()
-
-    def _help(self, index: int) -> None:
-        self._work(self._shared.ctypes.data, index)
+        # Also when the machine is forgotten, and at exit: a helper must not outlive its memory.
+        self._end = weakref.finalize(self, _end, compiler.address("post"), shared, self._helpers)
 
     def close(self) -> None:
         """Ends the helper threads."""
-        if self._helpers:
-            self._post(self._shared.ctypes.data, STOP)
-            for helper in self._helpers:
-                helper.join()
-            self._helpers = []
+        self._end()
 
     def step(
         self,
