@@ -34,7 +34,7 @@ def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
     """Bytes of scratch a thread needs for query groups of that size."""
     rows = QUERY_BLOCK * group_size
     page = PAGE_TOKENS * padded_head_dim * 4
-    return 2 * page + rows * 4 * (2 * padded_head_dim + PAGE_TOKENS + 3)
+    return 2 * page + rows * 4 * (2 * padded_head_dim + PAGE_TOKENS + 4)
 
 
 def _attention(
@@ -57,6 +57,7 @@ def _attention(
     maxima = scores + group * (QUERY_BLOCK * PAGE_TOKENS * 4)  # (rows)
     sums = maxima + group * (QUERY_BLOCK * 4)
     factors = sums + group * (QUERY_BLOCK * 4)
+    page_maxima = factors + group * (QUERY_BLOCK * 4)
 
     with emitter.range(first, last) as tile:
         block_index, kv_head = tile // m.num_kv_heads, tile % m.num_kv_heads
@@ -68,9 +69,7 @@ def _attention(
         with emitter.range(0, rows) as row:
             token, head = row // group, heads + row % group
             source = m.qkv + (block.first_token + token) * m.qkv_stride + head * dim * 4
-            with emitter.range(0, dim) as at:
-                value = emitter.load(source + at * 4, F32)
-                emitter.store(queries + (row * dim + at) * 4, value)
+            _copy(emitter, source, queries + row * dim * 4, dim, one)
             with emitter.range(0, padded, LANES) as at:
                 to = out + (row * padded + at) * 4
                 emitter.store(to, emitter.constant(0.0, floats))
@@ -95,11 +94,23 @@ def _attention(
                 )
 
             _over_rows(emitter, rows, score)
+
+            def masked(row: Value, start: Value = start) -> list[Value]:
+                visible = block.first_position + row // group - start + 1
+                return _masked(emitter, scores + row * (PAGE_TOKENS * 4), visible)
+
             with emitter.range(0, rows) as row:
-                position = block.first_position + row // group
-                visible = position - start + 1
-                at = scores + row * (PAGE_TOKENS * 4)
-                _softmax(emitter, at, visible, maxima + row * 4, sums + row * 4, factors + row * 4)
+                largest = emitter.maximum(*masked(row))
+                emitter.store(page_maxima + row * 4, emitter.fold(largest, emitter.maximum))
+            with emitter.range(0, rows, LANES) as row:
+                _rescale(emitter, *(at + row * 4 for at in (maxima, page_maxima, sums, factors)))
+            with emitter.range(0, rows) as row:
+                maximum = emitter.broadcast(maxima + row * 4, F32, LANES)
+                weights = [exp(emitter, score - maximum) for score in masked(row)]
+                for part, weight in enumerate(weights):
+                    emitter.store(scores + row * (PAGE_TOKENS * 4) + part * LANES * 4, weight)
+                total = emitter.load(sums + row * 4, F32) + emitter.sum(weights[0] + weights[1])
+                emitter.store(sums + row * 4, total)
 
             def weigh(count: int, row: Value) -> None:
                 _weighted(
@@ -113,9 +124,7 @@ def _attention(
             token, head = row // group, heads + row % group
             to = m.out + (block.first_token + token) * m.out_stride + head * dim * 4
             inverse = one / emitter.load(sums + row * 4, F32)
-            with emitter.range(0, dim) as at:
-                value = emitter.load(out + (row * padded + at) * 4, F32)
-                emitter.store(to + at * 4, value * inverse)
+            _copy(emitter, out + row * padded * 4, to, dim, inverse)
 
 
 def _over_rows(emitter: Emitter, rows: Value, call: object) -> None:
@@ -125,6 +134,17 @@ def _over_rows(emitter: Emitter, rows: Value, call: object) -> None:
             leave_if(done.get() + size > rows)
             call(size, done.get())  # type: ignore[operator]
             done.add(size)
+
+
+def _copy(emitter: Emitter, source: Value, to: Value, count: Value, factor: Value) -> None:
+    """to = source * factor, `count` float32."""
+    whole = (count >> 4) << 4
+    wide = emitter.splat(factor, LANES)
+    with emitter.range(0, whole, LANES) as at:
+        value = emitter.load(source + at * 4, vector(F32, LANES))
+        emitter.store(to + at * 4, value * wide)
+    with emitter.range(whole, count) as at:
+        emitter.store(to + at * 4, emitter.load(source + at * 4, F32) * factor)
 
 
 def _widen(emitter: Emitter, source: Value, to: Value, count: Value) -> None:
@@ -158,37 +178,29 @@ def _scores(
                 emitter.store(to, sums[row][i].get())
 
 
-def _softmax(
-    emitter: Emitter, scores: Value, visible: Value, maximum: Value, total: Value, factor: Value
-) -> None:
-    """Turns a row's scores into weights; keeps the running maximum and sum; `factor` rescales
-    what was.
-    """
+def _masked(emitter: Emitter, scores: Value, visible: Value) -> list[Value]:
+    """A row's scores of a page, -inf from the `visible`-th key on."""
     floats = vector(F32, LANES)
-    parts = PAGE_TOKENS // LANES
     limit = emitter.splat(emitter.cast(visible, I32, "trunc"), LANES)
     found = []
-    for part in range(parts):
-        index = emitter.vector_constant(range(part * LANES, (part + 1) * LANES), I32)
+    for first in range(0, PAGE_TOKENS, LANES):
+        index = emitter.vector_constant(range(first, first + LANES), I32)
         hidden = emitter.constant(float("-inf"), floats)
-        score = emitter.load(scores + part * LANES * 4, floats)
-        found.append((index < limit).select(score, hidden))
-    largest = found[0]
-    for value in found[1:]:
-        largest = emitter.maximum(largest, value)
-    before = emitter.load(maximum, F32)
-    now = emitter.maximum(before, emitter.fold(largest, emitter.maximum))
-    wide = emitter.splat(now, LANES)
-    weights = [exp(emitter, value - wide) for value in found]
-    for part, value in enumerate(weights):
-        emitter.store(scores + part * LANES * 4, value)
-    added = weights[0]
-    for value in weights[1:]:
-        added = added + value
-    change = emitter.extract(exp(emitter, emitter.splat(before - now, 1)), 0)
-    emitter.store(maximum, now)
-    emitter.store(factor, change)
-    emitter.store(total, emitter.load(total, F32) * change + emitter.sum(added))
+        found.append((index < limit).select(emitter.load(scores + first * 4, floats), hidden))
+    return found
+
+
+def _rescale(
+    emitter: Emitter, maxima: Value, page_maxima: Value, sums: Value, factors: Value
+) -> None:
+    """The running maxima of LANES rows; `factors` and `sums` take what was down to the new ones."""
+    floats = vector(F32, LANES)
+    before = emitter.load(maxima, floats)
+    now = emitter.maximum(before, emitter.load(page_maxima, floats))
+    factor = exp(emitter, before - now)
+    emitter.store(maxima, now)
+    emitter.store(factors, factor)
+    emitter.store(sums, emitter.load(sums, floats) * factor)
 
 
 def _weighted(

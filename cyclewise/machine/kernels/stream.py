@@ -1,7 +1,8 @@
 """Reading memory as fast as it comes: the probe that decode is measured against.
 
-A tile is TILE_BYTES of the buffer; each is read once, by vector loads, with prefetches ahead, and
-nothing is written but one value a call.
+A tile is TILE_BYTES of the buffer; each is read once, by vector loads, and nothing is written but
+one value a call. The processor's own prefetching does best here: asking ahead by instructions, as
+the matrix kernels must, only takes from it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from cyclewise.machine.kernels.lang import I64, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import STREAM, THREAD, Record
 
 TILE_BYTES = 1 << 16
-PREFETCH_BYTES = 4096
 _STRIDE = 512
 
 
@@ -23,8 +23,6 @@ def _stream(
     words = vector(I64, width // 8)
     sums = [emitter.variable(emitter.constant(0, words)) for _ in range(4)]
     with emitter.range(m.source + first * TILE_BYTES, m.source + last * TILE_BYTES, _STRIDE) as at:
-        for line in range(0, _STRIDE, 64):
-            emitter.prefetch(at + (PREFETCH_BYTES + line))
         for i, offset in enumerate(range(0, _STRIDE, width)):
             total = sums[i % len(sums)]
             total.set(total.get() | emitter.load(at + offset, words))
