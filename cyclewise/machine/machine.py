@@ -41,7 +41,9 @@ from cyclewise.machine.program import Moment, Program
 REPLICATE_UP_TO = 4
 """Tokens of a batch in which every thread normalizes and quantizes for itself."""
 CLAIMS_PER_THREAD = 8
-"""Into how many claims a thread's share of a moment is cut."""
+"""Into how many claims a thread's share of a moment is cut at least, where it has the tiles."""
+CLAIM_BYTES = 1 << 17
+"""Most bytes of weights, times tokens, of a claim: some ten microseconds, which others may wait."""
 MAX_SCHEDULES = 64
 """Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28
@@ -318,12 +320,15 @@ class Machine:
                 tiles = number
         if moment.of_logits and not num_logits:
             tiles = 0
-        grain = max(1, tiles // (CLAIMS_PER_THREAD * self.num_threads))
+        grain = tiles // (CLAIMS_PER_THREAD * self.num_threads)
+        if moment.weight_bytes:
+            rows = num_logits if moment.of_logits else num_tokens
+            grain = min(grain, CLAIM_BYTES * tiles // (moment.weight_bytes * max(1, rows)))
         values = {
             "kernel": self._kernels[moment.kernel],
             "moment": moment.record.ctypes.data,
             "num_tiles": tiles,
-            "grain": grain,
+            "grain": max(1, grain),
             "replicated": int(tiles == 0 or (replicated and moment.replicable)),
         }
         return [values[name] for name in SCHEDULE]

@@ -36,7 +36,7 @@ STOP = -1
 
 SPINS_IN_STEP = 1_000
 SPINS_BETWEEN_STEPS = 2_000
-YIELDS_BETWEEN_STEPS = 200
+YIELDS_BETWEEN_STEPS = 2_000
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None
 
