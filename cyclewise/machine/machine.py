@@ -34,7 +34,7 @@ from cyclewise.machine.kernels.layout import (
     WAITERS_AT,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.loop import STOP
+from cyclewise.machine.kernels.loop import MAX_TILES, STOP
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.program import Moment, Program
 
@@ -320,6 +320,7 @@ class Machine:
                 tiles = number
         if moment.of_logits and not num_logits:
             tiles = 0
+        _require(tiles <= MAX_TILES, "the number of tiles")
         grain = tiles // (CLAIMS_PER_THREAD * self.num_threads)
         if moment.weight_bytes:
             rows = num_logits if moment.of_logits else num_tokens

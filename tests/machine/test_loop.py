@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from cyclewise.machine.kernels.compiler import Compiler, _compile, callable_at
 from cyclewise.machine.kernels.layout import LINE, SCHEDULE, SLEEPERS_AT, STEP, STEPS_AT, THREAD
 from cyclewise.machine.kernels.loop import STOP, loop_unit
 from tests.machine.kernel_calls import kernel, record
@@ -176,3 +177,30 @@ def test_a_thread_whose_record_was_written_over_leaves():
     late.counters[:] = early.counters
     assert late.execute(5, threads=(1,), current=6) == []
     np.testing.assert_array_equal(late.counters, early.counters)
+
+
+def test_a_thread_that_parks_at_once_is_woken(monkeypatch):
+    """Done words of two steps may hold the same count: who waits must not sleep on the old one."""
+    monkeypatch.setattr("cyclewise.machine.kernels.loop.SPINS_IN_STEP", 0)
+    unit, compiler = loop_unit(), Compiler()
+    compiler._link(unit, _compile(unit, compiler.target))
+    work, step, post = (callable_at(compiler.address(name), 2) for name in ("work", "step", "post"))
+    loop = Loop(2, [(1, 1, 0), (2, 1, 0), (1, 1, 0)])
+    shared = loop.shared(0)
+    shared[STEPS_AT // 8 + LINE // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
+    at = shared.ctypes.data
+    helper = threading.Thread(target=work, args=(at, 1), daemon=True)
+
+    def steps():
+        for epoch in range(1, 500):
+            step(at, epoch)
+
+    caller = threading.Thread(target=steps, daemon=True)
+    helper.start()
+    caller.start()
+    caller.join(SECONDS)
+    assert not caller.is_alive(), "a step hangs"
+    assert len(loop.calls) == 499 * 4
+    post(at, STOP)
+    helper.join(SECONDS)
+    assert not helper.is_alive()

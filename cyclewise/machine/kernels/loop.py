@@ -33,6 +33,8 @@ from cyclewise.machine.kernels.layout import (
 )
 
 STOP = -1
+MAX_TILES = (1 << 20) - 1
+"""Tiles of a moment: they are counted in 20 bits."""
 
 SPINS_IN_STEP = 1_000
 SPINS_BETWEEN_STEPS = 2_000
@@ -91,6 +93,8 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
     threads, batch, schedule = fields["num_threads"], fields["batch"], fields["schedule"]
     counters, waiters = fields["counters"], fields["waiters"]
     tag = epoch << 32
+    # The half that threads sleep on has bits of the epoch too: it changes from step to step.
+    none_done = tag | ((epoch & 0xFFF) << 20)
     context = fields["threads"] + thread * (8 * len(THREAD))
     stride = (threads + 1) * LINE
 
@@ -133,20 +137,26 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
             with emitter.when(mine > 0), emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
                 ours = (word >> 32).equals(epoch)
-                count = ours.select(word & 0xFFFFFFFF, emitter.constant(0))
-                _, won = emitter.compare_exchange(done_at, word, tag | (count + mine))
+                count = ours.select(word & MAX_TILES, emitter.constant(0))
+                _, won = emitter.compare_exchange(done_at, word, none_done + count + mine)
                 leave_if(won)
             with emitter.when(mine > 0):
                 _wake(emitter, done_at, waiters)
             spins = emitter.variable(emitter.constant(0))
             with emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
-                leave_if(word.equals(tag | tiles))
+                leave_if(word.equals(none_done + tiles))
                 emitter.return_if(is_later(word))
                 _pause(emitter)
                 spins.add(1)
                 with emitter.when(spins.get() > SPINS_IN_STEP):
-                    _park(emitter, done_at, word, waiters)
+                    # Sleep only on a count of this step: it grows with every change. An old one
+                    # could be what the new one will be, and nobody would wake us.
+                    ours = (word >> 32).equals(epoch)
+                    with emitter.when(ours):
+                        _park(emitter, done_at, word, waiters)
+                    with emitter.when(ours.equals(0)):
+                        emitter.compare_exchange(done_at, word, none_done)
 
 
 def _work(emitter: Emitter, execute: object, shared: Value, thread: Value) -> None:
