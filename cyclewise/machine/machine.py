@@ -43,7 +43,7 @@ REPLICATE_UP_TO = 4
 CLAIMS_PER_THREAD = 8
 """Into how many claims a thread's share of a moment is cut at least, where it has the tiles."""
 CLAIM_BYTES = 1 << 17
-"""Most bytes of weights, times tokens, of a claim: some ten microseconds, which others may wait."""
+"""Most bytes of weights, times tokens, of a claim: others may have to wait for it."""
 MAX_SCHEDULES = 64
 """Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28

@@ -37,10 +37,6 @@ class BlockFormat:
     block_bytes: int
     """Bytes of a block (`groups_per_block` groups) of a tile of 16 rows."""
 
-    def group_address(self, block: Value, group: Value | int) -> Value:
-        """The address of a group's codes, given its block's."""
-        return block
-
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
     ) -> Value:
@@ -141,9 +137,6 @@ class Q4_K(BlockFormat):
     """
 
     name, bits, has_minimum, groups_per_block, block_bytes = "Q4_K", 4, True, 8, 2368
-
-    def group_address(self, block: Value, group: Value | int) -> Value:
-        return block + group * 256
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int

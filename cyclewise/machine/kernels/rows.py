@@ -16,7 +16,7 @@ from cyclewise.machine.kernels.dot import (
     AT_SUM,
     ActivationLayout,
 )
-from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import F32, I8, I16, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import (
     BATCH,
     EMBED,
@@ -80,7 +80,7 @@ def _quantize(
 ) -> None:
     m, b = Record(emitter, moment, QUANTIZE), Record(emitter, batch, BATCH)
     t = Record(emitter, thread, THREAD)
-    floats, words = vector(F32, LANES), vector(I32, LANES)
+    floats = vector(F32, LANES)
     groups = m.columns >> 5
     count = m.of_logits.differs(0).select(b.num_logits, b.num_tokens)
     layout = ActivationLayout(emitter, m.out + t.private * m.out_private, groups, count)
@@ -108,7 +108,6 @@ def _quantize(
             for half in (0, 1):
                 small = emitter.cast(sums[half] * -8, I16, "trunc")
                 emitter.store(to + AT_HALF_SUMS + 2 * half, small)
-    assert words.count == LANES
 
 
 def _rope(
