@@ -5,8 +5,7 @@ sampler makes the next token id of them. `llm.py`, the benchmarks and perplexity
 `Engine.evaluate`:
 
     while any(request.num_left for request in requests):
-        batch = schedule(requests, machine.max_batch_tokens)    # who runs, on how many tokens
-        logits = engine.run(batch)                              # one step of the machine
+        logits = engine.step(requests)      # schedule: who runs, on how many tokens; then run
         ... sample, or keep the logits ...
 
 A long prompt takes several steps, one after the other (chunked prefill: Agrawal et al. 2024,
@@ -103,17 +102,25 @@ class Engine:
         wanted = np.empty((num_rows, self.vocab_size), dtype=np.float32)
         row = 0
         while request.num_left:
-            batch = schedule([request], self.machine.max_batch_tokens)
-            rows = self.run(batch)
+            rows = self.step([request])
             wanted[row : row + len(rows)] = rows
             row += len(rows)
-            sequence.token_ids.extend(batch.token_ids.tolist())
-            request.num_done += len(batch.token_ids)
         return wanted
 
-    def run(self, batch: Batch) -> npt.NDArray[np.float32]:
-        """Run one step; the logits (logit_rows, vocab_size) are valid until the next one."""
-        return self.machine.step(batch.token_ids, batch.chunks, batch.logit_rows)
+    def step(self, requests: list[Request]) -> npt.NDArray[np.float32]:
+        """Run one step of requests whose pages are reserved, and note what of each is done.
+
+        Returns the logits (logit rows, vocab_size) in the order of the requests, valid until the
+        next step.
+        """
+        batch = schedule(requests, self.machine.max_batch_tokens)
+        logits = self.machine.step(batch.token_ids, batch.chunks, batch.logit_rows)
+        running = (request for request in requests if request.num_left)
+        for chunk, request in zip(batch.chunks, running, strict=False):
+            done = batch.token_ids[chunk.start : chunk.start + chunk.count]
+            request.sequence.token_ids.extend(done.tolist())
+            request.num_done += chunk.count
+        return logits
 
     def _check(self, token_ids: SequenceOf[int]) -> npt.NDArray[np.int32]:
         ids = np.asarray(token_ids, dtype=np.int64)

@@ -29,14 +29,16 @@ from cyclewise.machine.kernels.layout import (
     QUERY_BLOCK,
     SCHEDULE,
     STEP,
+    STEP_BYTES,
     STEPS_AT,
     THREAD,
     WAITERS_AT,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.loop import MAX_TILES, STOP
+from cyclewise.machine.kernels.loop import MAX_TILES, STOP, clocked_loop_unit
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.program import Moment, Program
+from cyclewise.machine.stamps import Stamps
 
 REPLICATE_UP_TO = 4
 """Tokens of a batch in which every thread normalizes and quantizes for itself."""
@@ -150,17 +152,20 @@ class Machine:
         ):
             self._batch[BATCH.index(name)] = array.ctypes.data
         self._shared = allocate(FINISHED_AT + num_threads * LINE)
-        self._steps = self._shared[STEPS_AT : STEPS_AT + 2 * LINE].view(np.int64).reshape(2, -1)
+        steps = self._shared[STEPS_AT : STEPS_AT + 2 * STEP_BYTES]
+        self._steps = steps.view(np.int64).reshape(2, -1)
         for name, value in (
             ("batch", self._batch.ctypes.data),
             ("counters", counters.ctypes.data),
             ("num_threads", num_threads),
             ("waiters", self._shared.ctypes.data + WAITERS_AT),
+            ("execute", compiler.address("execute")),
         ):
             self._steps[:, STEP.index(name)] = value
         finished = self._shared[FINISHED_AT : FINISHED_AT + num_threads * LINE]
         self._finished = finished.view(np.int64).reshape(num_threads, -1)[1:, 0]
         self._epoch = 0
+        self._stamps: Stamps | None = None
         self._probe: NDArray[np.uint8] | None = None
         self._probe_record = np.zeros(1, np.int64)
         self._probe_schedule = np.zeros((1, len(SCHEDULE)), np.int64)
@@ -180,6 +185,24 @@ class Machine:
     def close(self) -> None:
         """Ends the helper threads."""
         self._end()
+
+    def clock(self, stamps: Stamps | None) -> None:
+        """From the next step on the clocked loop writes each moment's ticks to `stamps`; None: the
+        plain one runs again.
+
+        A step that finds the stamps full is not stamped.
+        """
+        self.settle()
+        if stamps is not None:
+            shape = (len(self.program.moments), self.num_threads)
+            assert (stamps.num_moments, stamps.num_threads) == shape
+            host_compiler().load([clocked_loop_unit()])
+        self._stamps = stamps
+
+    def settle(self) -> None:
+        """Waits until every helper has left the last step, and with it all that it may write to."""
+        while (self._finished != self._epoch).any() and self._epoch:
+            time.sleep(0.0001)
 
     def step(
         self,
@@ -202,7 +225,7 @@ class Machine:
         num_blocks = self._place(chunks)
         self._batch[0], self._batch[1] = num_tokens, num_logits
         schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
-        self._run(schedule, replicated)
+        self._run(schedule, replicated, self._stamps.take() if self._stamps else 0)
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def read_bandwidth(self, seconds: float = 0.3) -> float:
@@ -232,12 +255,16 @@ class Machine:
             best = max(best, PROBE_BYTES / (time.perf_counter() - start))
         return best
 
-    def _run(self, schedule: NDArray[np.int64], replicated: bool) -> None:
+    def _run(self, schedule: NDArray[np.int64], replicated: bool, stamps: int = 0) -> None:
         self._epoch = (self._epoch + 1) & 0xFFFFFFFF
         step = self._steps[self._epoch & 1]
         step[STEP.index("schedule")] = schedule.ctypes.data
         step[STEP.index("num_moments")] = len(schedule)
         step[STEP.index("threads")] = self._threads[int(replicated)].ctypes.data
+        if stamps != step[STEP.index("stamps")]:
+            step[STEP.index("stamps")] = stamps
+            name = "execute_clocked" if stamps else "execute"
+            step[STEP.index("execute")] = host_compiler().address(name)
         self._step(self._shared.ctypes.data, self._epoch)
 
     def _check(

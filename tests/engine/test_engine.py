@@ -170,10 +170,10 @@ def test_schedule_mixes_prefill_and_decode():
     assert [(c.start, c.count, c.position) for c in batch.chunks] == [(0, 1, 5), (1, 7, 0)]
     assert batch.token_ids.tolist() == [7, *prompt[:7]]
     assert batch.logit_rows == [0]  # the long prompt is not at its end
-    np.testing.assert_array_equal(engine.run(batch)[0], hashed_logits([*tokens(5), 7]))
-    requests[0].num_done = 1
-    requests[1].num_done = 7
-    long.token_ids.extend(prompt[:7])
+    np.testing.assert_array_equal(engine.step(requests)[0], hashed_logits([*tokens(5), 7]))
+    assert [request.num_done for request in requests] == [1, 7]
+    assert long.token_ids == prompt[:7]
     batch = schedule(requests, 8)
     assert [(c.start, c.count, c.position) for c in batch.chunks] == [(0, 3, 7)]
-    np.testing.assert_array_equal(engine.run(batch)[0], hashed_logits(prompt))
+    np.testing.assert_array_equal(engine.step(requests)[0], hashed_logits(prompt))
+    assert [request.num_left for request in requests] == [0, 0]

@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from cyclewise.machine.kernels.compiler import Compiler, _compile, callable_at
-from cyclewise.machine.kernels.layout import LINE, SCHEDULE, SLEEPERS_AT, STEP, STEPS_AT, THREAD
+from cyclewise.machine.kernels.layout import (
+    LINE,
+    SCHEDULE,
+    SLEEPERS_AT,
+    STEP,
+    STEP_BYTES,
+    STEPS_AT,
+    THREAD,
+)
 from cyclewise.machine.kernels.loop import STOP, loop_unit
-from tests.machine.kernel_calls import kernel, record
+from tests.machine.kernel_calls import address, kernel, record
 
 SECONDS = 20
 """What a call that should return at once is given before it counts as hanging."""
@@ -52,11 +60,11 @@ class Loop:
     def shared(self, epoch):
         """What threads share while that epoch is the current one."""
         shared = np.zeros(64, np.int64)
-        at = (STEPS_AT + (epoch & 1) * LINE) // 8
+        at = (STEPS_AT + (epoch & 1) * STEP_BYTES) // 8
         shared[at : at + len(STEP)] = record(
             STEP, num_moments=len(self.moments), schedule=self.schedule,
             counters=self.counters, num_threads=self.num_threads, threads=self.threads,
-            waiters=self.waiters,
+            waiters=self.waiters, execute=address(loop_unit(), "execute"),
         )  # fmt: skip
         shared[0] = epoch
         return shared
@@ -149,7 +157,7 @@ def test_a_helper_works_until_it_is_stopped():
     """A helper's life: it wakes for a new epoch, also when it has parked, and returns at STOP."""
     loop = Loop(2, [(64, 1, 0), (5, 1, 0)])
     shared = loop.shared(0)
-    shared[STEPS_AT // 8 + LINE // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
+    shared[(STEPS_AT + STEP_BYTES) // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
     sleepers = SLEEPERS_AT // 8
     work, step, post = (kernel(loop_unit(), name, 2) for name in ("work", "step", "post"))
     helper = threading.Thread(target=work, args=(shared, 1), daemon=True)
@@ -187,7 +195,8 @@ def test_a_thread_that_parks_at_once_is_woken(monkeypatch):
     work, step, post = (callable_at(compiler.address(name), 2) for name in ("work", "step", "post"))
     loop = Loop(2, [(1, 1, 0), (2, 1, 0), (1, 1, 0)])
     shared = loop.shared(0)
-    shared[STEPS_AT // 8 + LINE // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
+    shared[STEPS_AT // 8 + STEP.index("execute")] = compiler.address("execute")
+    shared[(STEPS_AT + STEP_BYTES) // 8 :][: len(STEP)] = shared[STEPS_AT // 8 :][: len(STEP)]
     at = shared.ctypes.data
     helper = threading.Thread(target=work, args=(at, 1), daemon=True)
 

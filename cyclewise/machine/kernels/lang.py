@@ -226,6 +226,10 @@ class Emitter:
         """An intrinsic of no arguments and no result."""
         self.builder.call(self._declare(name, ir.FunctionType(VOID, [])), [])
 
+    def read_counter(self) -> Value:
+        """The processor's time counter: `rdtsc` on x86-64, `CNTVCT_EL0` on AArch64."""
+        return self.intrinsic("llvm.readcyclecounter", I64)
+
     # Constants and memory
 
     def constant(self, value: int | float, type_: ir.Type = I64) -> Value:

@@ -58,11 +58,14 @@ SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
 STEP = (
     "num_moments", "schedule", "batch", "counters", "num_threads", "threads",
     "waiters",  # the address of the number of threads that sleep inside a step
+    "execute",  # the specialization of the loop that runs this step
+    "stamps",  # where the clocked one writes its ticks
 )  # fmt: skip
 
 LINE = 64
 """Bytes of a cache line: what several threads write has its own."""
-STEPS_AT, SLEEPERS_AT, WAITERS_AT, FINISHED_AT = LINE, 3 * LINE, 4 * LINE, 5 * LINE
+STEP_BYTES = 2 * LINE
+STEPS_AT, SLEEPERS_AT, WAITERS_AT, FINISHED_AT = LINE, 5 * LINE, 6 * LINE, 7 * LINE
 """What threads share: the epoch, the records of two steps (by the epoch's parity), how many helpers
 sleep between steps and inside one, and for each thread the last epoch that it has left."""
 

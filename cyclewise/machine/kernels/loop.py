@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from typing import Any
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.lang import I32, I64, Emitter, Value
@@ -27,6 +28,7 @@ from cyclewise.machine.kernels.layout import (
     SCHEDULE,
     SLEEPERS_AT,
     STEP,
+    STEP_BYTES,
     STEPS_AT,
     THREAD,
     Record,
@@ -84,10 +86,12 @@ def _wake(emitter: Emitter, address: Value, sleepers: Value) -> None:
             _futex(emitter, address, 1, emitter.constant(0x7FFFFFFF))
 
 
-def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> None:
+def _execute(
+    emitter: Emitter, shared: Value, epoch: Value, thread: Value, *, clocked: bool
+) -> None:
     # The next step's record is written beside ours and the one after it over ours: what was read
     # is one step's if the epoch is still ours afterwards. If not, the step is over.
-    at = shared + (epoch & 1) * LINE + STEPS_AT
+    at = shared + (epoch & 1) * STEP_BYTES + STEPS_AT
     fields = {name: emitter.atomic_load(at + 8 * i) for i, name in enumerate(STEP)}
     emitter.return_if(emitter.atomic_load(shared).differs(epoch))
     threads, batch, schedule = fields["num_threads"], fields["batch"], fields["schedule"]
@@ -97,6 +101,15 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
     none_done = tag | ((epoch & 0xFFF) << 20)
     context = fields["threads"] + thread * (8 * len(THREAD))
     stride = (threads + 1) * LINE
+    stamps = fields["stamps"] + thread * stamp_bytes(fields["num_moments"])
+
+    def stamp(row: Value, *columns: int) -> None:
+        if clocked:
+            ticks = emitter.read_counter()
+            for column in columns:
+                emitter.store(stamps + row * 16 + 8 * column, ticks, align=8)
+
+    stamp(emitter.constant(0), 0, 1)
 
     def is_later(word: Value) -> Value:
         """Whether a counter belongs to a later step than ours: then ours is long over."""
@@ -112,6 +125,7 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
 
         with emitter.when(entry.replicated.differs(0)):
             run(emitter.constant(0), tiles)
+            stamp(index + 1, 0, 1)
         with emitter.when(entry.replicated.equals(0)):
             line = counters + index * stride
             done_at = line + threads * LINE
@@ -142,6 +156,7 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
                 leave_if(won)
             with emitter.when(mine > 0):
                 _wake(emitter, done_at, waiters)
+            stamp(index + 1, 0)
             spins = emitter.variable(emitter.constant(0))
             with emitter.loop() as leave_if:
                 word = emitter.atomic_load(done_at)
@@ -157,9 +172,18 @@ def _execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> No
                         _park(emitter, done_at, word, waiters)
                     with emitter.when(ours.equals(0)):
                         emitter.compare_exchange(done_at, word, none_done)
+            stamp(index + 1, 1)
 
 
-def _work(emitter: Emitter, execute: object, shared: Value, thread: Value) -> None:
+def _call_execute(emitter: Emitter, shared: Value, epoch: Value, thread: Value) -> None:
+    """Runs the specialization that the step's record names; a late thread finds another step's,
+    and leaves either at once.
+    """
+    at = shared + (epoch & 1) * STEP_BYTES + STEPS_AT + 8 * STEP.index("execute")
+    emitter.call_address(emitter.atomic_load(at), shared, epoch, thread)
+
+
+def _work(emitter: Emitter, shared: Value, thread: Value) -> None:
     before = emitter.variable(emitter.constant(0))
     idle = emitter.variable(emitter.constant(0))
     with emitter.loop() as leave_if:
@@ -168,7 +192,7 @@ def _work(emitter: Emitter, execute: object, shared: Value, thread: Value) -> No
         with emitter.when(epoch.differs(before.get())):
             before.set(epoch)
             idle.set(emitter.constant(0))
-            emitter.call(execute, shared, epoch, thread)  # type: ignore[arg-type]
+            _call_execute(emitter, shared, epoch, thread)
             emitter.atomic_store(shared + thread * LINE + FINISHED_AT, epoch)
         with emitter.when(epoch.equals(before.get())):
             idle.add(1)
@@ -186,16 +210,35 @@ def _post(emitter: Emitter, shared: Value, epoch: Value) -> None:
     _wake(emitter, shared, shared + SLEEPERS_AT)
 
 
+def stamp_bytes(num_moments: Any) -> Any:
+    """Bytes of a thread's stamps in one step: a pair of ticks for its start and for each moment,
+    in whole cache lines. A moment's pair is when the thread's work on it ended, and when the
+    moment was over.
+    """
+    return ((num_moments + 1) * 16 + (LINE - 1)) // LINE * LINE
+
+
 def loop_unit() -> Unit:
     def write(emitter: Emitter) -> None:
-        execute = emitter.function("execute", 3, lambda *a: _execute(emitter, *a))
-        emitter.function("work", 2, lambda *a: _work(emitter, execute, *a))
+        emitter.function("execute", 3, lambda *a: _execute(emitter, *a, clocked=False))
+        emitter.function("work", 2, lambda *a: _work(emitter, *a))
         emitter.function("post", 2, lambda *a: _post(emitter, *a))
 
         def step(shared: Value, epoch: Value) -> None:
             _post(emitter, shared, epoch)
-            emitter.call(execute, shared, epoch, emitter.constant(0))
+            _call_execute(emitter, shared, epoch, emitter.constant(0))
 
         emitter.function("step", 2, step)
 
     return Unit("loop", write, ("execute", "work", "post", "step"))
+
+
+def clocked_loop_unit() -> Unit:
+    """The loop that stamps each moment on each thread: the same source, and a unit of its own, so
+    that nothing of it is in the plain one.
+    """
+
+    def write(emitter: Emitter) -> None:
+        emitter.function("execute_clocked", 3, lambda *a: _execute(emitter, *a, clocked=True))
+
+    return Unit("clocked_loop", write, ("execute_clocked",))

@@ -1,0 +1,1 @@
+"""The clock: where each cycle of inference went, how far that is from what the machine can do."""

@@ -1,0 +1,55 @@
+"""Ticks at the borders of moments, as the clocked loop writes them.
+
+The clock makes `Stamps` and hands them to `Machine.clock`; from then on each step's ticks go to a
+slot of their own until all are taken. What the ticks mean in seconds and cycles, the clock knows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.machine.kernels.loop import stamp_bytes
+from cyclewise.machine.packing import allocate
+
+
+class Stamps:
+    """Room for the ticks of `capacity` steps of a program on a number of threads."""
+
+    def __init__(self, num_moments: int, num_threads: int, capacity: int, every: int = 1) -> None:
+        """`every`: of so many steps one is stamped, the first included."""
+        self.num_moments, self.num_threads = num_moments, num_threads
+        self.capacity, self.every = capacity, every
+        self.count = 0
+        """Steps stamped so far."""
+        self._passed = 0
+        thread_bytes: int = stamp_bytes(num_moments)
+        self._step_bytes = num_threads * thread_bytes
+        self._memory = allocate(capacity * self._step_bytes)
+        words = self._memory[: capacity * self._step_bytes].view(np.int64)
+        shape = (capacity, num_threads, thread_bytes // 16, 2)
+        self._ticks = words.reshape(shape)[:, :, : num_moments + 1]
+
+    @property
+    def ticks(self) -> NDArray[np.int64]:
+        """(steps, threads, moments + 1, 2): when the thread's work on a moment ended, and when the
+        moment was over; row 0 is when the thread came, twice. Zeros: the thread was not there,
+        having slept through it.
+
+        A view. Read it after `Machine.settle`.
+        """
+        return self._ticks[: self.count]
+
+    def clear(self) -> None:
+        """Forgets all steps. Only after `Machine.settle`: a late thread may still write."""
+        self._ticks[: self.count] = 0
+        self.count = 0
+
+    def take(self) -> int:
+        """The address for the next step's ticks; 0 if it is not to be stamped."""
+        wanted = self._passed % self.every == 0 and self.count < self.capacity
+        self._passed += 1
+        if not wanted:
+            return 0
+        self.count += 1
+        return int(self._memory.ctypes.data) + (self.count - 1) * self._step_bytes
