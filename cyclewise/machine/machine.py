@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import InvalidParameterError
+from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.kernels.layout import (
     BATCH,
@@ -225,7 +226,13 @@ class Machine:
         num_blocks = self._place(chunks)
         self._batch[0], self._batch[1] = num_tokens, num_logits
         schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
-        self._run(schedule, replicated, self._stamps.take() if self._stamps else 0)
+        stamps = self._stamps
+        slot = stamps.take() if stamps else 0
+        before = time.perf_counter_ns()
+        self._run(schedule, replicated, slot)
+        if stamps and slot:
+            shape = BatchShape(tuple((c.count, c.position) for c in chunks), num_logits)
+            stamps.note(shape, before, time.perf_counter_ns())
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def read_bandwidth(self, seconds: float = 0.3) -> float:

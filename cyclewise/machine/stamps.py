@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.kernels.loop import stamp_bytes
 from cyclewise.machine.packing import allocate
 
@@ -29,6 +30,8 @@ class Stamps:
         words = self._memory[: capacity * self._step_bytes].view(np.int64)
         shape = (capacity, num_threads, thread_bytes // 16, 2)
         self._ticks = words.reshape(shape)[:, :, : num_moments + 1]
+        self._shapes: list[BatchShape] = []
+        self._calls = np.zeros((capacity, 2), np.int64)
 
     @property
     def ticks(self) -> NDArray[np.int64]:
@@ -40,9 +43,22 @@ class Stamps:
         """
         return self._ticks[: self.count]
 
+    @property
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """The batch of each step."""
+        return tuple(self._shapes)
+
+    @property
+    def calls(self) -> NDArray[np.int64]:
+        """(steps, 2): `time.perf_counter_ns` right before and right after the call into compiled
+        code, on the calling thread. A view.
+        """
+        return self._calls[: self.count]
+
     def clear(self) -> None:
         """Forgets all steps. Only after `Machine.settle`: a late thread may still write."""
         self._ticks[: self.count] = 0
+        self._shapes.clear()
         self.count = 0
 
     def take(self) -> int:
@@ -53,3 +69,8 @@ class Stamps:
             return 0
         self.count += 1
         return int(self._memory.ctypes.data) + (self.count - 1) * self._step_bytes
+
+    def note(self, shape: BatchShape, before: int, after: int) -> None:
+        """What the step was that took the last slot, and when it was called and returned."""
+        self._shapes.append(shape)
+        self._calls[self.count - 1] = before, after
