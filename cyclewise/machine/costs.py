@@ -1,14 +1,26 @@
 """What a moment costs in closed form: operations and bytes of a batch.
 
 `program.py` writes a `Form` beside each moment, in numbers that a batch's shape multiplies; the
-clock divides what comes out by the machine's roofs. The bytes are those that must move: weights
-once a step, activations in and out once, the keys and values that are read and written.
+clock divides what comes out by the machine's roofs.
+
+*Operations* are those of the model's arithmetic over its true rows and columns, not over the
+padding of a kernel: a multiply-add is two; an addition, multiplication, division, comparison,
+square root, rounding or exponential is one; a sum of n terms is n. Reading a format (unpacking
+codes, scaling groups, widening float16) is no operation but a kernel's way to the weight, and
+neither is a pair that the causal mask hides.
+
+*Bytes* are those that must move: weights once a step, packed as they are streamed, with biases and
+the weights of norms; activations in and out once; keys and values that are written, and those
+that each chunk reads once. What a kernel reads again, from whatever cache, is not among them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from cyclewise.machine.kernels.blocks import GROUP
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
 
 Unit = Literal["dot", "fma"]
 """Whose rate bounds a moment's arithmetic: the target's dot product of 8-bit integers, or the
@@ -47,7 +59,7 @@ class MatrixShape:
     rows: int
     columns: int
     num_bytes: int
-    """Packed."""
+    """Packed, in whole tiles of 16 rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +68,16 @@ class Form:
 
     unit: Unit = "fma"
     operations_per_row: int = 0
-    """A multiply-add is two operations."""
     operations_per_pair: int = 0
+    """Of a query token and a key that it sees."""
     matrices: tuple[MatrixShape, ...] = ()
+    """It multiplies by them."""
     weight_bytes: int = 0
-    """Of weights, read once a step."""
+    """Of matrices, biases and the weights of norms, read once a step."""
     bytes_per_row: int = 0
-    """Of activations, read or written; of an embedding table's row too."""
+    """Of activations, read and written; and what of a table a token takes: its row of the
+    embedding, its angles.
+    """
     kv_bytes_per_row: int = 0
     """Of keys and values, written."""
     kv_bytes_per_key: int = 0
@@ -83,6 +98,98 @@ class Cost:
     @property
     def bytes(self) -> int:
         return self.weight_bytes + self.activation_bytes + self.kv_bytes
+
+
+# The closed forms, one a kernel
+
+_FLOAT, _HALF = 4, 2
+
+
+def embed_form(width: int, row_bytes: int) -> Form:
+    """A packed row of `row_bytes` becomes `width` float32."""
+    return Form(bytes_per_row=row_bytes + _FLOAT * width)
+
+
+def norm_form(width: int, *, of_logits: bool = False) -> Form:
+    """Squares and their sum, mean, epsilon, root; a division and a multiplication a column."""
+    return Form(
+        operations_per_row=4 * width + 3,
+        weight_bytes=_FLOAT * width,
+        bytes_per_row=2 * _FLOAT * width,
+        of_logits=of_logits,
+    )
+
+
+def quantize_form(width: int, *, of_logits: bool = False) -> Form:
+    """Magnitude, largest, product, rounding and sum a column; scale, its inverse and the scaled
+    sum a group.
+    """
+    groups = width // GROUP
+    return Form(
+        operations_per_row=5 * width + 3 * groups,
+        bytes_per_row=_FLOAT * width + ACTIVATION_GROUP * groups,
+        of_logits=of_logits,
+    )
+
+
+def linear_form(
+    matrices: tuple[MatrixShape, ...], biased_rows: int = 0, *, quantized: bool, add: bool = False,
+    of_logits: bool = False,
+) -> Form:  # fmt: skip
+    """Products with one input; a bias for `biased_rows` of them; with `add` onto what was there."""
+    columns, rows = matrices[0].columns, sum(matrix.rows for matrix in matrices)
+    return Form(
+        unit="dot" if quantized else "fma",
+        operations_per_row=2 * rows * columns + biased_rows + add * rows,
+        matrices=matrices,
+        weight_bytes=sum(matrix.num_bytes for matrix in matrices) + _FLOAT * biased_rows,
+        bytes_per_row=_input_bytes(columns, quantized) + _FLOAT * rows * (1 + add),
+        of_logits=of_logits,
+    )
+
+
+def gated_form(gate: MatrixShape, up: MatrixShape, *, quantized: bool) -> Form:
+    """Two products; silu is a negation, an exponential, an addition and a division, and its
+    product with the other one more.
+    """
+    return Form(
+        unit="dot" if quantized else "fma",
+        operations_per_row=2 * (gate.rows + up.rows) * gate.columns + 5 * gate.rows,
+        matrices=(gate, up),
+        weight_bytes=gate.num_bytes + up.num_bytes,
+        bytes_per_row=_input_bytes(gate.columns, quantized) + _FLOAT * gate.rows,
+    )
+
+
+def rope_form(num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int) -> Form:
+    """Three operations for each rotated number of queries and keys, and the queries' scale; keys
+    and values go to the cache as float16.
+    """
+    rotated = (num_heads + num_kv_heads) * rope_dim
+    heads_read, heads_written = num_heads + 2 * num_kv_heads, num_heads
+    return Form(
+        operations_per_row=3 * rotated + num_heads * head_dim,
+        bytes_per_row=_FLOAT * ((heads_read + heads_written) * head_dim + rope_dim),
+        kv_bytes_per_row=2 * num_kv_heads * head_dim * _HALF,
+    )
+
+
+def attention_form(num_heads: int, num_kv_heads: int, head_dim: int) -> Form:
+    """A pair of a query and a key: a score; its part in the maximum, the difference, the
+    exponential and the sum; the value's weighing. In the end a division.
+    """
+    return Form(
+        operations_per_row=num_heads * head_dim,
+        operations_per_pair=num_heads * (4 * head_dim + 4),
+        bytes_per_row=2 * _FLOAT * num_heads * head_dim,
+        kv_bytes_per_key=2 * num_kv_heads * head_dim * _HALF,
+    )
+
+
+def _input_bytes(columns: int, quantized: bool) -> int:
+    if quantized:
+        return columns // GROUP * ACTIVATION_GROUP
+    return columns * _FLOAT
 
 
 def cost(form: Form, batch: BatchShape) -> Cost:

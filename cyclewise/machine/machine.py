@@ -356,7 +356,7 @@ class Machine:
             tiles = 0
         _require(tiles <= MAX_TILES, "the number of tiles")
         grain = tiles // (CLAIMS_PER_THREAD * self.num_threads)
-        if moment.weight_bytes:
+        if moment.kind == "matmul":
             rows = num_logits if moment.of_logits else num_tokens
             grain = min(grain, CLAIM_BYTES * tiles // (moment.weight_bytes * max(1, rows)))
         values = {

@@ -21,13 +21,15 @@ In a small batch every thread has `normed` and `quantized` of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import UnsupportedModelError
+from cyclewise.machine import costs
+from cyclewise.machine.costs import Form, MatrixShape
 from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
 from cyclewise.machine.kernels.compiler import host_compiler
@@ -44,6 +46,7 @@ from cyclewise.machine.kernels.layout import (
     ROPE,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.names import layer_of
 from cyclewise.machine.packing import Matrix, allocate
 
 
@@ -76,6 +79,8 @@ class Moment:
     """The exported kernel that computes it."""
     record: NDArray[np.int64]
     """The kernel's record."""
+    form: Form
+    """What it costs."""
     tiles: Tiles | int
     """What its tiles are: one a token, a row of logits or a query block and key-value head, or a
     fixed number.
@@ -84,10 +89,16 @@ class Moment:
     """Tiles of a query block."""
     replicable: bool = False
     """In a small batch every thread computes it for itself."""
-    weight_bytes: int = 0
-    """Bytes of weights it streams."""
-    of_logits: bool = False
-    """It is left out of a batch that wants no logits."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights it streams."""
+        return self.form.weight_bytes
+
+    @property
+    def of_logits(self) -> bool:
+        """It is left out of a batch that wants no logits."""
+        return self.form.of_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +126,24 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of weights that a token of decode streams."""
         return sum(moment.weight_bytes for moment in self.moments)
+
+    @property
+    def num_layers(self) -> int:
+        layers = (layer_of(moment.name) for moment in self.moments)
+        return len({layer for layer in layers if layer is not None})
+
+    def prefix(self, num_layers: int) -> Program:
+        """The program with its first layers alone, in the same memory: for measuring how cost grows
+        with layers. A machine of it and one of the whole must not step at once.
+        """
+        assert 0 <= num_layers <= self.num_layers
+        layers = [layer_of(moment.name) for moment in self.moments]
+        kept = [
+            moment
+            for moment, layer in zip(self.moments, layers, strict=True)
+            if layer is None or layer < num_layers
+        ]
+        return replace(self, moments=tuple(kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,24 +208,13 @@ class Builder:
 
     def _add(
         self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...],
-        values: dict[str, int], tiles: Tiles | int, *, tail: Sequence[int] = (),
-        tiles_per_block: int = 1, replicable: bool = False, weight_bytes: int = 0,
-        of_logits: bool = False,
+        values: dict[str, int], tiles: Tiles | int, form: Form, *, tail: Sequence[int] = (),
+        tiles_per_block: int = 1, replicable: bool = False,
     ) -> None:  # fmt: skip
         assert values.keys() == set(fields), values.keys() ^ set(fields)
         record = np.array([*(values[field_] for field_ in fields), *tail], np.int64)
         self._moments.append(
-            Moment(
-                name,
-                kind,
-                kernel,
-                record,
-                tiles,
-                tiles_per_block,
-                replicable,
-                weight_bytes,
-                of_logits,
-            )
+            Moment(name, kind, kernel, record, form, tiles, tiles_per_block, replicable)
         )
 
     @staticmethod
@@ -214,7 +232,8 @@ class Builder:
             "tile_bytes": table.tile_bytes, "columns": table.num_columns,
             "out": self._hidden.address, "out_stride": self._hidden.stride,
         }  # fmt: skip
-        self._add(name, "memory", "embed", EMBED, values, "tokens")
+        form = costs.embed_form(table.num_columns, table.tile_bytes // ROWS)
+        self._add(name, "memory", "embed", EMBED, values, "tokens", form)
 
     def norm(self, name: str, weight: NDArray[np.float32], *, of_logits: bool = False) -> None:
         """normed = RMSNorm(hidden) * weight, of all tokens or of those that need logits."""
@@ -228,9 +247,8 @@ class Builder:
             "of_logits": int(of_logits), "out_private": 1,
         }  # fmt: skip
         tiles: Tiles = "logits" if of_logits else "tokens"
-        self._add(
-            name, "activation", "norm", NORM, values, tiles, replicable=True, of_logits=of_logits
-        )
+        form = costs.norm_form(width, of_logits=of_logits)
+        self._add(name, "activation", "norm", NORM, values, tiles, form, replicable=True)
 
     def qkv(
         self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None]
@@ -263,8 +281,9 @@ class Builder:
             "gate_tile_bytes": gate.tile_bytes,
             "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.tile_bytes,
         }  # fmt: skip
-        weight_bytes = gate.num_bytes + up.num_bytes
-        self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, weight_bytes=weight_bytes)
+        quantized = source is self._quantized
+        form = costs.gated_form(_shape(gate), _shape(up), quantized=quantized)
+        self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, form)
 
     def rope(
         self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]
@@ -284,7 +303,8 @@ class Builder:
             "scale": int(np.float32(self._head_dim**-0.5).view(np.int32)),
             "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
         }  # fmt: skip
-        self._add(name, "memory", "rope", ROPE, values, "tokens")
+        form = costs.rope_form(self._heads, self._kv_heads, self._head_dim, 2 * cosines.shape[1])
+        self._add(name, "memory", "rope", ROPE, values, "tokens", form)
 
     def attention(self, name: str, layer: int) -> None:
         """attended = softmax(queries . keys) . values, causal"""
@@ -296,15 +316,11 @@ class Builder:
             "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
             "out": self._attended.address, "out_stride": self._attended.stride,
         }  # fmt: skip
+        form = costs.attention_form(self._heads, self._kv_heads, self._head_dim)
         self._add(
-            name,
-            "activation",
-            "attention",
-            ATTENTION,
-            values,
-            "queries",
+            name, "activation", "attention", ATTENTION, values, "queries", form,
             tiles_per_block=self._kv_heads,
-        )
+        )  # fmt: skip
 
     def _layer_cache(self, layer: int) -> tuple[int, int]:
         keys = self._cache + layer * (self._key_bytes + self._value_bytes)
@@ -332,16 +348,11 @@ class Builder:
             "of_logits": int(of_logits),
         }  # fmt: skip
         tiles: Tiles = "logits" if of_logits else "tokens"
+        form = costs.quantize_form(source.width, of_logits=of_logits)
         self._add(
-            f"{name}.quantize",
-            "activation",
-            "quantize",
-            QUANTIZE,
-            values,
-            tiles,
+            f"{name}.quantize", "activation", "quantize", QUANTIZE, values, tiles, form,
             replicable=True,
-            of_logits=of_logits,
-        )
+        )  # fmt: skip
         return self._quantized
 
     def _linear(
@@ -350,7 +361,7 @@ class Builder:
     ) -> None:  # fmt: skip
         x = self._input(name, matrices, source, of_logits)
         tail: list[int] = []
-        offset = 0
+        offset = biased_rows = 0
         for matrix, bias in zip(matrices, biases, strict=True):
             assert bias is None or bias.size >= matrix.num_rows
             part = {
@@ -360,6 +371,7 @@ class Builder:
             }  # fmt: skip
             tail += [part[field_] for field_ in LINEAR_PART]
             offset += matrix.num_rows
+            biased_rows += matrix.num_rows if bias is not None else 0
             if matrix.num_rows % ROWS and matrix is not matrices[-1]:
                 raise UnsupportedModelError(
                     f"{matrix.name} has {matrix.num_rows} rows; "
@@ -371,11 +383,12 @@ class Builder:
             "columns": source.width, "out": out.address, "out_stride": out.stride,
             "add_to_out": int(add), "of_logits": int(of_logits), "num_parts": len(matrices),
         }  # fmt: skip
-        self._add(
-            name, "matmul", "linear", LINEAR, values, sum(matrix.num_tiles for matrix in matrices),
-            tail=tail, of_logits=of_logits,
-            weight_bytes=sum(matrix.num_bytes for matrix in matrices),
+        form = costs.linear_form(
+            tuple(_shape(matrix) for matrix in matrices), biased_rows,
+            quantized=x is self._quantized, add=add, of_logits=of_logits,
         )  # fmt: skip
+        num_tiles = sum(matrix.num_tiles for matrix in matrices)
+        self._add(name, "matmul", "linear", LINEAR, values, num_tiles, form, tail=tail)
 
     def build(self, *keep_alive: object) -> Program:
         logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)
@@ -392,6 +405,10 @@ class Builder:
             self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
             self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
         )  # fmt: skip
+
+
+def _shape(matrix: Matrix) -> MatrixShape:
+    return MatrixShape(matrix.format, matrix.num_rows, matrix.num_columns, matrix.num_bytes)
 
 
 def _address(memory: object) -> int:

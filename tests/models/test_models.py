@@ -187,11 +187,10 @@ def test_what_a_model_says_of_itself(runner):
     assert (config.architecture, config.num_layers, config.hidden_size) == ("llama", 2, 64)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 4, 16)
     assert (config.vocab_size, config.context_length, config.trained_context) == (100, 256, 256)
-    matrices = {n: t for n, t in twin.tensors.items() if t.ndim == 2}
     assert run.model.format_bytes == {"F32": sum(t.nbytes for t in twin.tensors.values())}
     # The vocabulary's 100 rows are padded to 112; the embedding table is not streamed.
-    streamed = sum(t.nbytes for n, t in matrices.items() if n.startswith("blk."))
-    assert run.model.bytes_per_token == streamed + 112 * 64 * 4
+    streamed = sum(t.nbytes for n, t in twin.tensors.items() if n.startswith("blk."))
+    assert run.model.bytes_per_token == streamed + 64 * 4 + 112 * 64 * 4
     assert run.model.kv_bytes_per_token == 2 * 2 * 4 * 16 * 2
 
 
