@@ -14,6 +14,7 @@ import subprocess
 from typing import Any
 
 from cyclewise import __version__
+from cyclewise.machine.host import cpu_name
 
 _PACKAGES = ("llvmlite", "numpy")
 
@@ -36,22 +37,6 @@ def describe_host() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-
-
-def cpu_name() -> str:
-    """The processor's own name for itself, with family and model where Linux tells them."""
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        fields.setdefault(name.strip(), value.strip())
-    name = fields.get("model name") or platform.machine()
-    if "cpu family" in fields and "model" in fields:
-        return f"{name} (family {fields['cpu family']}, model {fields['model']})"
-    return name
 
 
 def busy_seconds() -> float | None:

@@ -7,20 +7,19 @@ in compiled code and wake by themselves.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.costs import BatchShape
+from cyclewise.machine.host import available_cpus
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.kernels.layout import (
     BATCH,
@@ -64,25 +63,6 @@ class Chunk:
     position: int
     pages: NDArray[np.int32]
     """The sequence's page table."""
-
-
-def available_cpus() -> int:
-    """CPUs this process may use: its affinity mask, cut by a cgroup quota."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    group = Path("/sys/fs/cgroup")
-    try:
-        if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu" / "cpu.cfs_period_us").read_text()
-        if int(quota) > 0:
-            count = min(count, round(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass  # no quota: "max", or no cgroup at all
-    return max(1, count)
 
 
 def resolve_threads(num_threads: int | None) -> int:

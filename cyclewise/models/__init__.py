@@ -59,7 +59,8 @@ def load_model(
         ModelFileError: the file is damaged or lacks something.
         UnsupportedModelError: its architecture or a format is not known here.
     """
-    from cyclewise.machine.machine import Machine, available_cpus, resolve_threads
+    from cyclewise.machine.host import available_cpus
+    from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
     from cyclewise.machine.program import load_kernels
     from cyclewise.models import llama, qwen2

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from cyclewise.errors import InvalidParameterError
-from cyclewise.machine.machine import Chunk, Machine, available_cpus, resolve_threads
+from cyclewise.machine.host import available_cpus
+from cyclewise.machine.machine import Chunk, Machine, resolve_threads
 from cyclewise.models import load_model
 from tests.models import tiny
 from tests.models.tiny import Tiny
