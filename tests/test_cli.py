@@ -34,7 +34,7 @@ def toy(monkeypatch):
         logits = hashed_logits if text is None else scripted(text, prompt_tokens)
         model = ToyModel(logits=logits, **options)
         monkeypatch.setattr(cyclewise.llm, "_load", lambda *_: (model, ToyTokenizer()))
-        monkeypatch.setattr(cyclewise.cli, "_load", lambda *_: model)
+        monkeypatch.setattr(cyclewise.cli, "load", lambda *_: model)
         if template:
             model.metadata["tokenizer.chat_template"] = "toy"
             monkeypatch.setattr(LLM, "_chat_template", lambda _: ToyTemplate())

@@ -252,8 +252,8 @@ def _clock(turns: Sequence[Turn], decode: _View) -> dict[str, Any]:
     notes = list(first.notes)
     if drift > 0.02:
         notes.append(
-            f"the core's frequency changed by {drift:.1%} within a measurement: "
-            f"cycles are from {min(hertz) / middle:.0%} to {max(hertz) / middle:.0%} of what is said"
+            f"the core's frequency changed by {drift:.1%} within a measurement: cycles are "
+            f"from {min(hertz) / middle:.0%} to {max(hertz) / middle:.0%} of what is said"
         )
     return {
         "clock_source": first.source,
