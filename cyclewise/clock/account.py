@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.stamps import spent
+
 Ticks = NDArray[np.int64]
 
 
@@ -67,10 +69,8 @@ def keep_books(ticks: Ticks, spans: Sequence[Span], window: tuple[int, int]) -> 
     """
     steps, threads, rows, _ = ticks.shape
     flat = ticks.reshape(steps, threads, 2 * rows)
-    # A thread that left early, or never came, spends no time on the moments that it missed.
     reached = np.maximum.accumulate(flat, axis=2)
-    spent = np.diff(reached[:, :, 1:], axis=2)
-    work, waiting = spent[:, :, ::2], spent[:, :, 1::2]
+    work, waiting = np.moveaxis(spent(ticks), 3, 0)
     starts = reached[:, :, 1:-1:2]
     start, end = window
     accounts = []

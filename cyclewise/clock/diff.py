@@ -44,8 +44,9 @@ class Change:
         return self.probability is not None and self.probability <= SIGNIFICANCE
 
     @property
-    def ratio(self) -> float:
-        return self.after / self.before if self.before else math.inf
+    def ratio(self) -> float | None:
+        """After over before; None of a moment that is new."""
+        return self.after / self.before if self.before else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ def read_profile(path: Path) -> dict[str, Any]:
         profile = json.loads(path.read_text(encoding="utf-8"))
         version = profile["schema_version"]
         known = profile["schema"] == "cyclewise.profile" and isinstance(version, int)
+        for row in profile["moments"]:
+            known = known and all(isinstance(row[key], str) for key in ("name", "phase"))
+            known = known and bool(np.isfinite(np.array(row["samples"], np.float64)).all())
     except OSError as error:
         raise InvalidParameterError(f"cannot read the profile {str(path)!r}: {error}") from None
     except (ValueError, KeyError, TypeError):

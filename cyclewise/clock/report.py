@@ -159,11 +159,11 @@ def print_diff(difference: Difference, console: Console | None = None) -> None:
     changed = [c for c in difference.changes if c.significant]
     say(f"{'':34}{'phase':9}{'before':>10}{'after':>10}{'change':>9}", "bold")
     for change in changed:
-        better = change.ratio < 1
+        ratio = change.ratio or 1.0
         say(
             f"{change.name:34}{change.phase:9}{_short(change.before):>10}{_short(change.after):>10}"
-            f"{change.ratio - 1:>+9.1%}",
-            "green" if better else "red",
+            f"{ratio - 1:>+9.1%}",
+            "green" if ratio < 1 else "red",
         )
     if not changed:
         say("nothing changed by more than chance")

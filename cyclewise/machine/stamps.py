@@ -43,6 +43,12 @@ class Stamps:
         """
         return self._ticks[: self.count]
 
+    def spent(self) -> NDArray[np.int64]:
+        """(steps, threads, moments, 2): ticks of work on each moment, and of waiting until it was
+        over; none where a thread was not there.
+        """
+        return spent(self.ticks)
+
     @property
     def shapes(self) -> tuple[BatchShape, ...]:
         """The batch of each step."""
@@ -74,3 +80,12 @@ class Stamps:
         """What the step was that took the last slot, and when it was called and returned."""
         self._shapes.append(shape)
         self._calls[self.count - 1] = before, after
+
+
+def spent(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `Stamps.spent` says, of such ticks."""
+    steps, threads, rows, _ = ticks.shape
+    flat = ticks.reshape(steps, threads, 2 * rows)
+    # A thread that left early, or never came, spends no time on the moments that it missed.
+    reached = np.maximum.accumulate(flat, axis=2)
+    return np.diff(reached[:, :, 1:], axis=2).reshape(steps, threads, rows - 1, 2)
