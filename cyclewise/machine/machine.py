@@ -1,18 +1,18 @@
 """The machine: threads that execute a program for one batch of tokens.
 
 `Machine.step` takes a flat batch (any tokens of any sequences), checks it, writes the batch's
-record and runs the compiled loop (`kernels/loop.py`) on the calling thread; helper threads live
-in compiled code and wake by themselves.
+record and hands the program's schedule to its threads (`threads.py`), of which the calling one is
+the first.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,25 +20,23 @@ from numpy.typing import NDArray
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
-from cyclewise.machine.kernels.compiler import callable_at, host_compiler
+from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.layout import (
     BATCH,
-    FINISHED_AT,
-    LINE,
     PAGE_TOKENS,
     QUERY_BLOCK,
     SCHEDULE,
-    STEP,
-    STEP_BYTES,
-    STEPS_AT,
     THREAD,
-    WAITERS_AT,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.loop import MAX_TILES, STOP, clocked_loop_unit
+from cyclewise.machine.kernels.loop import MAX_TILES, clocked_loop_unit
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.program import Moment, Program
 from cyclewise.machine.stamps import Stamps
+from cyclewise.machine.threads import Threads
+
+if TYPE_CHECKING:
+    from cyclewise.machine.probe import Probe
 
 REPLICATE_UP_TO = 4
 """Tokens of a batch in which every thread normalizes and quantizes for itself."""
@@ -80,16 +78,6 @@ def _require(condition: bool, what: str) -> None:
         raise InvalidParameterError(f"The batch is not sound: {what} is out of range.")
 
 
-def _help(work: int, shared: NDArray[np.uint8], index: int) -> None:
-    callable_at(work, 2)(shared.ctypes.data, index)
-
-
-def _end(post: int, shared: NDArray[np.uint8], helpers: list[threading.Thread]) -> None:
-    callable_at(post, 2)(shared.ctypes.data, STOP)
-    for helper in helpers:
-        helper.join()
-
-
 class Machine:
     """Threads and the records they read. One caller at a time: the engine takes turns."""
 
@@ -105,19 +93,17 @@ class Machine:
         self.num_pages = program.num_pages
         compiler = host_compiler()
         self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
-        self._step = callable_at(compiler.address("step"), 2)
         self._schedules: dict[tuple[int, int, int], tuple[NDArray[np.int64], bool]] = {}
 
         # Two tables, because a helper that comes late must find its own: in a small batch each
         # thread has private buffers, in a large one they are shared.
         stride = -(-program.scratch_bytes // 4096) * 4096 + 4096
         self._scratch = allocate(num_threads * stride)
-        self._threads = np.zeros((2, num_threads, len(THREAD)), np.int64)
+        contexts = np.zeros((2, num_threads, len(THREAD)), np.int64)
         indices = np.arange(num_threads)
-        self._threads[:, :, THREAD.index("scratch")] = self._scratch.ctypes.data + indices * stride
-        self._threads[1, :, THREAD.index("private")] = indices * program.private_bytes
-        counters = allocate(len(program.moments) * (num_threads + 1) * LINE)
-        self._counters = counters
+        contexts[:, :, THREAD.index("scratch")] = self._scratch.ctypes.data + indices * stride
+        contexts[1, :, THREAD.index("private")] = indices * program.private_bytes
+        self._contexts = contexts
         self._token_ids = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._positions = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._slots = np.zeros(MAX_BATCH_TOKENS, np.int32)
@@ -132,36 +118,11 @@ class Machine:
             ("query_blocks", self._blocks),
         ):
             self._batch[BATCH.index(name)] = array.ctypes.data
-        self._shared = allocate(FINISHED_AT + num_threads * LINE)
-        steps = self._shared[STEPS_AT : STEPS_AT + 2 * STEP_BYTES]
-        self._steps = steps.view(np.int64).reshape(2, -1)
-        for name, value in (
-            ("batch", self._batch.ctypes.data),
-            ("counters", counters.ctypes.data),
-            ("num_threads", num_threads),
-            ("waiters", self._shared.ctypes.data + WAITERS_AT),
-            ("execute", compiler.address("execute")),
-        ):
-            self._steps[:, STEP.index(name)] = value
-        finished = self._shared[FINISHED_AT : FINISHED_AT + num_threads * LINE]
-        self._finished = finished.view(np.int64).reshape(num_threads, -1)[1:, 0]
-        self._epoch = 0
         self._stamps: Stamps | None = None
-        self._probe: NDArray[np.uint8] | None = None
-        self._probe_record = np.zeros(1, np.int64)
-        self._probe_schedule = np.zeros((1, len(SCHEDULE)), np.int64)
-        shared = self._shared
-        self._helpers = [
-            threading.Thread(
-                target=_help, args=(compiler.address("work"), shared, index), daemon=True,
-                name=f"cyclewise-{index}",
-            )
-            for index in range(1, num_threads)
-        ]  # fmt: skip
-        for helper in self._helpers:
-            helper.start()
-        # Also when the machine is forgotten, and at exit: a helper must not outlive its memory.
-        self._end = weakref.finalize(self, _end, compiler.address("post"), shared, self._helpers)
+        self._probe: Probe | None = None
+        self._threads = Threads(num_threads, len(program.moments))
+        # Also when the machine is forgotten: a helper must not outlive what it writes to.
+        self._end = weakref.finalize(self, self._threads.close)
 
     def close(self) -> None:
         """Ends the helper threads."""
@@ -182,8 +143,7 @@ class Machine:
 
     def settle(self) -> None:
         """Waits until every helper has left the last step, and with it all that it may write to."""
-        while (self._finished != self._epoch).any() and self._epoch:
-            time.sleep(0.0001)
+        self._threads.settle()
 
     def step(
         self,
@@ -209,7 +169,8 @@ class Machine:
         stamps = self._stamps
         slot = stamps.take() if stamps else 0
         before = time.perf_counter_ns()
-        self._run(schedule, replicated, slot)
+        contexts = self._contexts[int(replicated)]
+        self._threads.run(schedule, contexts, self._batch.ctypes.data, slot)
         if stamps and slot:
             shape = BatchShape(tuple((c.count, c.position) for c in chunks), num_logits)
             stamps.note(shape, before, time.perf_counter_ns())
@@ -219,40 +180,14 @@ class Machine:
         """Bytes a second that this machine's threads read from memory, each its own part: the
         best pass.
 
-        The buffer is far larger than the caches; no pass writes to it.
+        The buffer is far larger than the caches; no pass writes to it. What a machine shared with
+        others can read drifts: this is for the time around it alone.
         """
-        from cyclewise.machine.kernels import stream
+        from cyclewise.machine.probe import memory_probe
 
-        compiler = host_compiler()
-        compiler.load([stream.stream_unit()])
         if self._probe is None:
-            self._probe = allocate(PROBE_BYTES)
-            self._probe[::4096] = 1
-            self._probe_record[0] = self._probe.ctypes.data
-        tiles = PROBE_BYTES // stream.TILE_BYTES
-        values = {
-            "kernel": compiler.address("stream"), "moment": self._probe_record.ctypes.data,
-            "num_tiles": tiles, "grain": max(1, tiles // (16 * self.num_threads)), "replicated": 0,
-        }  # fmt: skip
-        self._probe_schedule[0] = [values[name] for name in SCHEDULE]
-        best, end = 0.0, time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            self._run(self._probe_schedule, False)
-            best = max(best, PROBE_BYTES / (time.perf_counter() - start))
-        return best
-
-    def _run(self, schedule: NDArray[np.int64], replicated: bool, stamps: int = 0) -> None:
-        self._epoch = (self._epoch + 1) & 0xFFFFFFFF
-        step = self._steps[self._epoch & 1]
-        step[STEP.index("schedule")] = schedule.ctypes.data
-        step[STEP.index("num_moments")] = len(schedule)
-        step[STEP.index("threads")] = self._threads[int(replicated)].ctypes.data
-        if stamps != step[STEP.index("stamps")]:
-            step[STEP.index("stamps")] = stamps
-            name = "execute_clocked" if stamps else "execute"
-            step[STEP.index("execute")] = host_compiler().address(name)
-        self._step(self._shared.ctypes.data, self._epoch)
+            self._probe = memory_probe(self._threads, PROBE_BYTES)
+        return self._probe.best(seconds)
 
     def _check(
         self,
@@ -316,7 +251,7 @@ class Machine:
             rows = [self._entry(moment, key, replicated) for moment in self.program.moments]
             found = np.array(rows, np.int64), replicated
             # A helper that has not left its last step may still read that step's schedule.
-            if len(self._schedules) >= MAX_SCHEDULES and (self._finished == self._epoch).all():
+            if len(self._schedules) >= MAX_SCHEDULES and self._threads.settled:
                 self._schedules.clear()
             self._schedules[key] = found
         return found

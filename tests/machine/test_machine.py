@@ -164,9 +164,9 @@ def test_a_machine_of_one_thread_runs_the_same_program(machine):
 def test_the_epoch_may_wrap_around(machine):
     want = logits(machine)
     for epoch in (0x7FFFFFF0, 0xFFFFFFE0):  # 41 steps from the last of them lead past zero
-        machine._epoch = epoch
+        machine._threads._epoch = epoch
         np.testing.assert_array_equal(logits(machine), want)
-    assert machine._epoch < 41
+    assert machine._threads._epoch < 41
 
 
 def test_a_machine_of_more_threads_than_the_program_is_refused(machine):

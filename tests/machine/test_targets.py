@@ -32,7 +32,17 @@ from tests.models.test_models import (
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ("avx512", "avx2", "plain")
-KERNEL_TESTS = ("packing", "matmul", "math", "rows", "attention", "linear", "loop", "machine")
+KERNEL_TESTS = (
+    "packing",
+    "matmul",
+    "math",
+    "rows",
+    "attention",
+    "linear",
+    "loop",
+    "machine",
+    "probe",
+)
 UNITS = [
     *(matmul.matmul_unit(name) for name in FORMATS),
     *(pack.pack_unit(name) for name in FORMATS),

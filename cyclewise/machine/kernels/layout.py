@@ -52,7 +52,10 @@ ATTENTION = (
     "keys", "values", "page_bytes", "out", "out_stride",
 )  # fmt: skip
 
-STREAM = ("source",)
+STREAM = ("source", "tile_bytes", "repeats")
+RATE = ("operands", "repeats")
+HANDOVER = ("line", "rounds")
+CHAIN = ("seed", "blocks")
 
 SCHEDULE = ("kernel", "moment", "num_tiles", "grain", "replicated")
 STEP = (
