@@ -9,7 +9,8 @@
     ├── InvalidParameterError   a parameter is out of its range or unknown
     ├── ContextLengthError      the tokens do not fit into the context
     ├── CacheError              the cache cannot be written or is full
-    └── PeerError               a program to compare with is missing or failed
+    ├── PeerError               a program to compare with is missing or failed
+    └── ClockError              this machine has no counter that the clock could stand on
 
 `str(error)` is one clear sentence: what was wrong, where, and what to do. The command line prints
 it after `error: ` and exits with code 2; a library user catches `CyclewiseError`.
@@ -56,3 +57,7 @@ class CacheError(CyclewiseError):
 
 class PeerError(CyclewiseError):
     """A program that a benchmark compares with is not installed or failed."""
+
+
+class ClockError(CyclewiseError):
+    """The processor's counters cannot be read, or what they count is not time."""

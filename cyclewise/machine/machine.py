@@ -124,6 +124,11 @@ class Machine:
         # Also when the machine is forgotten: a helper must not outlive what it writes to.
         self._end = weakref.finalize(self, self._threads.close)
 
+    @property
+    def threads(self) -> Threads:
+        """For what measures them beside the steps."""
+        return self._threads
+
     def close(self) -> None:
         """Ends the helper threads."""
         self._end()

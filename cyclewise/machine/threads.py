@@ -78,6 +78,12 @@ class Threads:
         self._end()
 
     @property
+    def thread_ids(self) -> list[int]:
+        """The operating system's numbers of the caller and of the helpers."""
+        helpers = [helper.native_id for helper in self._helpers]
+        return [threading.get_native_id(), *(number for number in helpers if number is not None)]
+
+    @property
     def settled(self) -> bool:
         """Whether every helper has left the last step, and with it all that it may read or
         write.
