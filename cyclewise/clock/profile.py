@@ -13,7 +13,7 @@ those of the turn whose duration is the median; `samples` has all turns.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,13 @@ import numpy as np
 from cyclewise.bench.bench import Spread
 from cyclewise.bench.host import describe_host
 from cyclewise.clock.account import Ledger, keep_books
+from cyclewise.clock.counter import open_counter
 from cyclewise.clock.limits import Limits
-from cyclewise.clock.run import STAGES, Phase, Settings, Turn
+from cyclewise.clock.run import STAGES, ClockedRun, Phase, Settings, Turn
 from cyclewise.machine.costs import Cost, cost
 
 if TYPE_CHECKING:
-    from cyclewise.machine.profile import Roofs
+    from cyclewise.machine.profile import MachineProfile, Roofs
     from cyclewise.machine.program import Program
     from cyclewise.models import Model
 
@@ -75,6 +76,26 @@ class _View:
         cycles = ticks * self.per_tick / self.units
         threads = len(self.ledger.accounts)
         return cycles / threads, cycles * (threads - 1) / threads
+
+
+def profile_model(
+    model: Model, model_name: str, settings: Settings, machine: MachineProfile,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, Any], list[Turn]]:  # fmt: skip
+    """Runs a model under the clock; its profile, and the raw turns for a trace.
+
+    Raises InvalidParameterError, before anything runs, for settings that the model cannot take.
+    """
+    from cyclewise.clock.complexity import measure_growth
+    from cyclewise.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_metadata(model.metadata)
+    with ClockedRun(model, tokenizer, open_counter()) as run:
+        turns = run.turns(settings, progress)
+    profile = make_profile(model, model_name, turns, settings, machine.roofs)
+    profile["growth"] = measure_growth(model, quick=True, progress=progress).as_list()
+    progress("")
+    return profile, turns
 
 
 def make_profile(
