@@ -86,14 +86,14 @@ def profile_model(
 
     Raises InvalidParameterError, before anything runs, for settings that the model cannot take.
     """
-    from cyclewise.clock.complexity import measure_growth
+    from cyclewise.clock.complexity import measure_growth_quickly
     from cyclewise.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_metadata(model.metadata)
     with ClockedRun(model, tokenizer, open_counter()) as run:
         turns = run.turns(settings, progress)
     profile = make_profile(model, model_name, turns, settings, machine.roofs)
-    profile["growth"] = measure_growth(model, quick=True, progress=progress).as_list()
+    profile["growth"] = measure_growth_quickly(model, progress).as_list()
     progress("")
     return profile, turns
 

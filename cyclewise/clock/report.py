@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from cyclewise.machine.names import collapsed
@@ -61,10 +62,7 @@ def print_profile(profile: dict[str, Any], console: Console | None = None) -> No
     if laws:
         say()
     for law in laws:
-        say(
-            f"growth: {law['phase']} = {law['law']} cycles "
-            f"(held-out points within {law['median_error']:.1%})"
-        )
+        say(f"growth {law['phase']:8}{law['law']}, {_held_out(law)}")
     say()
     for i, advice in enumerate(profile["advice"][:3]):
         say(f"{'next: ' if i == 0 else '      '}{advice['sentence']}")
@@ -72,10 +70,11 @@ def print_profile(profile: dict[str, Any], console: Console | None = None) -> No
         say("next: nothing that this version can change would make it faster here")
     say(
         f"clock: its own cost {profile['overhead_fraction']:.2%}, unaccounted "
-        f"{profile['unaccounted_fraction']:.2%}, {_outliers(profile['tokens'])}"
+        f"{profile['unaccounted_fraction']:.2%}"
     )
-    for note in clock["notes"][:2]:
-        say(f"       {note}")
+    say(f"       {_outliers(profile['tokens'])}")
+    for line in wrap(" ".join(clock["notes"]), WIDTH - 7)[:3]:
+        say(f"       {line}")
 
 
 def _largest(profile: dict[str, Any], phase: str) -> list[dict[str, Any]]:
@@ -135,6 +134,11 @@ def _short(value: float) -> str:
 
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _held_out(law: dict[str, Any]) -> str:
+    error = law["median_error"]
+    return "not tested" if error is None else f"within {error:.1%} of points held out"
 
 
 def _outliers(tokens: Iterable[dict[str, Any]]) -> str:
