@@ -30,7 +30,7 @@ Recalibrate = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (profile, diff):
+    for command in (profile, diff, complexity):
         app.command()(command)
 
 
@@ -123,6 +123,49 @@ def diff(
         from cyclewise.clock.report import print_diff
 
         print_diff(difference)
+
+
+def complexity(
+    model: ModelName,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", help="Visits of each point; more, less noise.")
+    ] = 3,
+    as_json: AsJson = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Measure how cycles grow, and fit a law to each moment.
+
+    With the length of the prompt and of the context, with batch, threads and layers. Each law comes
+    with its error on points that the fit has not seen.
+
+    \b
+      cyclewise complexity smollm2
+      cyclewise complexity smollm2 --rounds 5 --json
+    """
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.complexity import measure_growth
+    from cyclewise.clock.growth import print_complexity
+
+    loaded = load(model, context, threads)
+    try:
+        growth = measure_growth(loaded, rounds=rounds, progress=show_progress)
+    finally:
+        loaded.close()
+        show_progress("")
+    if as_json:
+        print_json(
+            {
+                "schema": "cyclewise.complexity",
+                "schema_version": 1,
+                "core_hertz": growth.core_hertz,
+                "counts_cycles": growth.counts_cycles,
+                "growth": growth.as_list(),
+                "left_out": growth.left_out,
+            }
+        )
+    else:
+        print_complexity(growth)
 
 
 def _machine_profile(recalibrate: bool) -> MachineProfile:
