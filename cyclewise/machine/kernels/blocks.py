@@ -34,6 +34,8 @@ class BlockFormat:
     has_minimum = False
     has_sub_scales = False
     groups_per_block: int = 1
+    prefetch_bytes: int = 2048
+    """How far ahead a stream of weights is asked for, as measured."""
     block_bytes: int
     """Bytes of a block (`groups_per_block` groups) of a tile of 16 rows."""
 
@@ -105,6 +107,7 @@ class Q5_0(BlockFormat):
     """
 
     name, bits, zero_point, block_bytes = "Q5_0", 5, 16, 352
+    prefetch_bytes = 3072
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
@@ -121,6 +124,7 @@ class Q8_0(BlockFormat):
     """512 bytes of signed codes, 16 float16 scales. The codes are read signed (zero point 0)."""
 
     name, bits, block_bytes = "Q8_0", 8, 544
+    prefetch_bytes = 1024
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
@@ -137,6 +141,7 @@ class Q4_K(BlockFormat):
     """
 
     name, bits, has_minimum, groups_per_block, block_bytes = "Q4_K", 4, True, 8, 2368
+    prefetch_bytes = 4096
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
@@ -172,6 +177,7 @@ class Q6_K(BlockFormat):
 
     name, bits, zero_point, has_sub_scales, groups_per_block = "Q6_K", 6, 32, True, 8
     block_bytes = 3360
+    prefetch_bytes = 4096
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int

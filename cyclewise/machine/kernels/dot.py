@@ -42,7 +42,9 @@ class ActivationLayout:
 class Dot:
     """The dot products of one format on the emitter's target.
 
-    `codes(step)` gives int32 lanes of four codes each; `sub_scale(half)` the int32 scales of Q6_K.
+    `codes(step, part)` gives int32 lanes of four codes each; `sub_scale(half, part)` the int32
+    scales of Q6_K. The parts of a tile's rows are taken step by step together, so that a register
+    of activations serves both at once.
     """
 
     def __init__(self, emitter: Emitter, kind: BlockFormat) -> None:
@@ -52,17 +54,24 @@ class Dot:
 
     def group(
         self,
-        codes: Callable[[int], Value],
-        sub_scale: Callable[[int], Value] | None,
+        codes: Callable[[int, int], Value],
+        sub_scale: Callable[[int, int], Value] | None,
         activations: list[Value],
-    ) -> list[Value]:
-        """int32 sums, one vector a token; `activations` are the addresses of the tokens' groups."""
-        target = self.emitter.target.name
-        if target == "avx512":
-            return self._avx512(codes, sub_scale, activations)
+        num_parts: int = 1,
+    ) -> list[list[Value]]:
+        """int32 sums, for each part one vector a token; `activations` are the addresses of the
+        tokens' groups.
+        """
+        target, parts = self.emitter.target.name, range(num_parts)
         if target == "avx2":
-            return self._avx2(codes, sub_scale, activations)
-        return self._plain(codes, sub_scale, activations)
+            return self._avx2(codes, sub_scale, activations, parts)
+        write = self._avx512 if target == "avx512" else self._plain
+
+        def of_part(part: int) -> list[Value]:
+            scales = (lambda half: sub_scale(half, part)) if sub_scale else None
+            return write(lambda step: codes(step, part), scales, activations)
+
+        return [of_part(part) for part in parts]
 
     def _words(self, address: Value) -> Value:
         return self.emitter.broadcast(address, I32, self.lanes)
@@ -132,10 +141,11 @@ class Dot:
 
     def _avx2(
         self,
-        codes: Callable[[int], Value],
-        sub_scale: Callable[[int], Value] | None,
+        codes: Callable[[int, int], Value],
+        sub_scale: Callable[[int, int], Value] | None,
         activations: list[Value],
-    ) -> list[Value]:
+        parts: range,
+    ) -> list[list[Value]]:
         """VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into int32.
 
         A step adds at most 2 * (2**bits - 1) * 127 to an int16: 8 steps of 4 bits, 4 of 5, 2 of
@@ -146,36 +156,46 @@ class Dot:
         shorts, as_bytes = vector(I16, 2 * self.lanes), vector(I8, 4 * self.lanes)
         run = {4: 8, 5: 4, 6: 2, 8: 1}[kind.bits]
         ones = emitter.constant(1, shorts)
-        totals: list[Value | None] = [None] * len(activations)
+        totals: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
         if kind.zero_point and not sub_scale:
-            totals = [self._correction(a, kind.zero_point) for a in activations]
-        pairs = []
-        if sub_scale:
-            scales = [sub_scale(0), sub_scale(1)]
-            pairs = [emitter.bitcast((s & 0xFFFF) | (s << 16), shorts) for s in scales]
-            both = emitter.bitcast((scales[0] & 0xFFFF) | (scales[1] << 16), shorts)
-            shift = {32: 2}[kind.zero_point]
             for i, address in enumerate(activations):
-                sums = emitter.bitcast(self._words(address + AT_HALF_SUMS), shorts)
-                totals[i] = self._vpmaddwd(both, sums) << shift
-        for first in range(0, STEPS, run):
-            partial: list[Value | None] = [None] * len(activations)
-            for step in range(first, first + run):
-                word = emitter.bitcast(codes(step), as_bytes)
-                magnitude = self._signed_by(word, word) if kind.bits == 8 else word
+                correction = self._correction(address, kind.zero_point)
+                for part in parts:
+                    totals[part][i] = correction
+        pairs: list[list[Value]] = []
+        if sub_scale:
+            for part in parts:
+                scales = [sub_scale(0, part), sub_scale(1, part)]
+                pairs.append([emitter.bitcast((s & 0xFFFF) | (s << 16), shorts) for s in scales])
+                both = emitter.bitcast((scales[0] & 0xFFFF) | (scales[1] << 16), shorts)
+                shift = {32: 2}[kind.zero_point]
                 for i, address in enumerate(activations):
-                    x = emitter.bitcast(self._words(address + 4 * step), as_bytes)
-                    if kind.bits == 8:
-                        x = self._signed_by(x, word)
-                    product = emitter.intrinsic("llvm.x86.avx2.pmadd.ub.sw", shorts, magnitude, x)
-                    before = partial[i]
-                    partial[i] = product if before is None else before + product
-            factor = pairs[first // 4] if sub_scale else ones
-            for i, value in enumerate(partial):
-                assert value is not None
-                wide, before = self._vpmaddwd(value, factor), totals[i]
-                totals[i] = wide if before is None else before + wide
-        return [total for total in totals if total is not None]
+                    sums = emitter.bitcast(self._words(address + AT_HALF_SUMS), shorts)
+                    totals[part][i] = self._vpmaddwd(both, sums) << shift
+        for first in range(0, STEPS, run):
+            partial: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
+            for step in range(first, first + run):
+                words = [emitter.bitcast(codes(step, part), as_bytes) for part in parts]
+                signed = kind.bits == 8
+                magnitudes = [self._signed_by(word, word) for word in words] if signed else words
+                for i, address in enumerate(activations):
+                    loaded = emitter.bitcast(self._words(address + 4 * step), as_bytes)
+                    for part in parts:
+                        x = self._signed_by(loaded, words[part]) if signed else loaded
+                        product = self._vpmaddubsw(magnitudes[part], x)
+                        before = partial[part][i]
+                        partial[part][i] = product if before is None else before + product
+            for part in parts:
+                factor = pairs[part][first // 4] if sub_scale else ones
+                for i, value in enumerate(partial[part]):
+                    assert value is not None
+                    wide, before = self._vpmaddwd(value, factor), totals[part][i]
+                    totals[part][i] = wide if before is None else before + wide
+        return [[total for total in found if total is not None] for found in totals]
+
+    def _vpmaddubsw(self, left: Value, right: Value) -> Value:
+        result = vector(I16, 2 * self.lanes)
+        return self.emitter.intrinsic("llvm.x86.avx2.pmadd.ub.sw", result, left, right)
 
     def _signed_by(self, value: Value, sign: Value) -> Value:
         """VPSIGNB: `value`, negated where `sign` is negative, 0 where it is 0."""

@@ -38,8 +38,6 @@ from cyclewise.machine.kernels.lang import F32, I8, I32, Emitter, Value, Variabl
 
 UNPACK_FROM = 9
 """Tokens from which unpacking pays."""
-PREFETCH_BYTES = 2048
-"""How far ahead weights are asked for; super-blocks, read from several places, twice as far."""
 PANEL_GROUPS = 32
 """Groups that are unpacked at once: they stay in the first-level cache."""
 SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 4) * 4 * ROWS
@@ -198,17 +196,18 @@ class _BlockMatmul:
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
             at = self._tokens(tokens, x, column_group, group_stride, stride)
+            dots = self.dot.group(
+                lambda step, part: kind.codes(emitter, block, index, step, part),
+                (lambda half, part: kind.sub_scale(emitter, block, index, half, part))
+                if kind.has_sub_scales
+                else None,
+                at,
+                self.parts,
+            )
             for part in range(self.parts):
-                dots = self.dot.group(
-                    lambda step, part=part: kind.codes(emitter, block, index, step, part),
-                    (lambda half, part=part: kind.sub_scale(emitter, block, index, half, part))
-                    if kind.has_sub_scales
-                    else None,
-                    at,
-                )
                 scale = kind.scale(emitter, block, index, part)
                 minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
-                self._accumulate(sums[part], dots, at, scale, minimum)
+                self._accumulate(sums[part], dots[part], at, scale, minimum)
 
         self._over_groups(weights, groups, group)
         for part in range(self.parts):
@@ -221,7 +220,7 @@ class _BlockMatmul:
         emitter, kind = self.emitter, self.kind
         per_block = kind.groups_per_block
         group_bytes = kind.block_bytes // per_block
-        ahead = PREFETCH_BYTES if per_block == 1 else 2 * PREFETCH_BYTES
+        ahead = kind.prefetch_bytes
         with emitter.range(0, groups // per_block) as block:
             address = weights + block * kind.block_bytes
             if per_block == 1:
@@ -271,12 +270,12 @@ class _BlockMatmul:
             base = codes + group * self._panel_bytes
             at = self._tokens(tokens, x, group, group_stride, stride)
             dots = self.dot.group(
-                lambda step: emitter.load(base + step * width, words),
-                (lambda half: emitter.load(base + (STEPS + 1 + half) * width, words))
+                lambda step, _: emitter.load(base + step * width, words),
+                (lambda half, _: emitter.load(base + (STEPS + 1 + half) * width, words))
                 if kind.has_sub_scales
                 else None,
                 at,
-            )
+            )[0]
             scale = emitter.load(base + STEPS * width, floats)
             minimum = emitter.load(base + (STEPS + 1) * width, floats) if kind.has_minimum else None
             self._accumulate(sums, dots, at, scale, minimum)
