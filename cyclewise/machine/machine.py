@@ -188,10 +188,10 @@ class Machine:
         The buffer is far larger than the caches; no pass writes to it. What a machine shared with
         others can read drifts: this is for the time around it alone.
         """
-        from cyclewise.machine.probe import memory_probe
+        from cyclewise.machine.probe import memory_probe, touched
 
         if self._probe is None:
-            self._probe = memory_probe(self._threads, PROBE_BYTES)
+            self._probe = memory_probe(self._threads, touched(PROBE_BYTES))
         return self._probe.best(seconds)
 
     def _check(

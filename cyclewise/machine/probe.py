@@ -38,6 +38,7 @@ class Probe:
         points to.
         """
         self._threads, self._memory, self._work = threads, memory, work
+        self._call_seconds = 0.0
         self._record = np.array(record, np.int64)
         values = {
             "kernel": host_compiler().address(kernel), "moment": self._record.ctypes.data,
@@ -56,17 +57,22 @@ class Probe:
         fastest, end = float("inf"), time.perf_counter() + seconds
         while time.perf_counter() < end:
             fastest = min(fastest, self._pass())
-        return self._work / fastest
+        return self._work / (fastest - self._call_seconds)
 
     def stretch(self, field: int) -> None:
-        """Makes a pass `PASS_SECONDS` long by the field of the record that repeats its work."""
-        short = min(self._pass() for _ in range(3))
+        """Makes a pass `PASS_SECONDS` long by the field of the record that repeats its work, and
+        has what a pass without any takes left out of account.
+        """
+        self._record[field] = 0
+        self._call_seconds = min(self._pass() for _ in range(200))
+        repeats, short = 1, 0.0
         while short < PASS_SECONDS / 2:
             factor = max(2, round(PASS_SECONDS / short)) if short > PASS_SECONDS / 64 else 16
+            repeats *= factor
             self._threads.settle()
-            self._record[field] *= factor
-            self._work *= factor
+            self._record[field] = repeats
             short = min(self._pass() for _ in range(3))
+        self._work *= repeats
 
     def _pass(self) -> float:
         start = time.perf_counter()
@@ -74,11 +80,17 @@ class Probe:
         return time.perf_counter() - start
 
 
-def memory_probe(threads: Threads, num_bytes: int) -> Probe:
+def touched(num_bytes: int) -> NDArray[np.uint8]:
+    """A buffer to read: with pages of its own, where untouched memory is one page of zeros."""
+    buffer = allocate(num_bytes)
+    buffer[::4096] = 1
+    return buffer
+
+
+def memory_probe(threads: Threads, buffer: NDArray[np.uint8]) -> Probe:
     """Bytes read a second from a buffer, which should be far larger than the caches."""
     host_compiler().load([stream.stream_unit()])
-    buffer = _touched(num_bytes)
-    tiles = num_bytes // MEMORY_TILE_BYTES
+    tiles = buffer.nbytes // MEMORY_TILE_BYTES
     return Probe(
         threads, "stream", [buffer.ctypes.data, MEMORY_TILE_BYTES, 1], buffer,
         num_tiles=tiles, grain=max(1, tiles // (MEMORY_CLAIMS * threads.num_threads)),
@@ -86,12 +98,12 @@ def memory_probe(threads: Threads, num_bytes: int) -> Probe:
     )  # fmt: skip
 
 
-def cache_probe(threads: Threads, share_bytes: int) -> Probe:
-    """Bytes read a second by all threads, each again and again from a share of its own."""
+def cache_probe(threads: Threads, buffer: NDArray[np.uint8], share_bytes: int) -> Probe:
+    """Bytes read a second by all threads, each again and again from its own share of a buffer."""
     host_compiler().load([stream.stream_unit()])
-    share = max(stream.STRIDE, share_bytes // stream.STRIDE * stream.STRIDE)
+    share = share_bytes // stream.STRIDE * stream.STRIDE
     count = threads.num_threads
-    buffer = _touched(count * share)
+    assert 0 < count * share <= buffer.nbytes
     record = [buffer.ctypes.data, share, 1]
     probe = Probe(threads, "stream", record, buffer, num_tiles=count, work=count * share)
     probe.stretch(STREAM.index("repeats"))
@@ -104,8 +116,7 @@ def rate_probe(threads: Threads, rate: rates.Rate) -> Probe:
     compiler.load([rates.rates_unit(compiler.target)])
     operands = np.zeros(rates.OPERAND_BYTES, np.uint8)
     words = operands.view(np.float32)
-    words[:16] = 1.0  # chain * 1 + 0: floats stay what they are
-    words[32:] = 1.0
+    words[:16], words[32:] = 1.0, 1.0  # chain * 1 + 0: floats stay what they are
     count = threads.num_threads
     work = count * rates.CHAINS * rates.UNROLL * rate.operations
     record = [operands.ctypes.data, 1]
@@ -123,10 +134,3 @@ def handover_probe(threads: Threads) -> Probe:
     probe = Probe(threads, "handover", [line.ctypes.data, 1], line, num_tiles=2, work=2)
     probe.stretch(HANDOVER.index("rounds"))
     return probe
-
-
-def _touched(num_bytes: int) -> NDArray[np.uint8]:
-    """Memory with pages of its own; untouched, all would be one page of zeros."""
-    buffer = allocate(num_bytes)
-    buffer[::4096] = 1
-    return buffer

@@ -61,6 +61,7 @@ class Threads:
         self._finished = finished.view(np.int64).reshape(num_threads, -1)[1:, 0]
         self._epoch = 0
         shared = self._shared
+        self._shared_at = int(shared.ctypes.data)
         self._helpers = [
             threading.Thread(
                 target=_help, args=(compiler.address("work"), shared, index), daemon=True,
@@ -123,4 +124,4 @@ class Threads:
             step[STEP.index("stamps")] = stamps
             name = "execute_clocked" if stamps else "execute"
             step[STEP.index("execute")] = host_compiler().address(name)
-        self._step(self._shared.ctypes.data, self._epoch)
+        self._step(self._shared_at, self._epoch)

@@ -24,6 +24,7 @@ from cyclewise.machine.probe import (
     handover_probe,
     memory_probe,
     rate_probe,
+    touched,
 )
 from cyclewise.machine.threads import Threads
 from tests.machine.kernel_calls import Thread, kernel, record
@@ -102,7 +103,8 @@ def test_the_loop_holds_nothing_but_the_instruction(name):
 
 def test_probes_of_any_number_of_threads(threads):
     """They run, they end, and they say more than nothing."""
-    probes = [memory_probe(threads, 1 << 22), cache_probe(threads, 5000)]
+    buffer = touched(1 << 22)
+    probes = [memory_probe(threads, buffer), cache_probe(threads, buffer, 5000)]
     probes += [rate_probe(threads, rate) for rate in rates(host_target()).values()]
     if threads.num_threads > 1:
         probes.append(handover_probe(threads))
