@@ -40,23 +40,32 @@ def _fence(emitter: Emitter) -> None:
 def _chain(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    """Chains of adds, each of which needs the one before. A tile is one chain; it leaves two int64
-    in the thread's scratch: the ticks of the reads alone, and those with the chain between them.
+    """Chains of adds, each of which needs the one before. A tile is one chain, of a block at least;
+    it leaves two int64 in the thread's scratch: the ticks of the reads alone, and those with the
+    chain between them.
 
     Fibonacci's numbers: register to register, and no closed form that LLVM would know.
     """
     m, t = Record(emitter, moment, CHAIN), Record(emitter, thread, THREAD)
     x, y = emitter.variable(m.seed), emitter.variable(last)
     blocks = m.blocks
+
+    def add() -> None:
+        left = emitter.variable(blocks)
+        with emitter.loop() as leave_if:
+            for _ in range(BLOCK_ADDS // 2):
+                x.add(y.get())
+                y.add(x.get())
+            left.add(-1)
+            leave_if(left.get().equals(0))
+
     with emitter.range(first, last) as tile:
-        for at, count in ((0, emitter.constant(0)), (8, blocks)):
+        for at, work in ((0, None), (8, add)):
             out = t.scratch + tile * CHAIN_BYTES + at
             _fence(emitter)
             start = emitter.read_counter()
-            with emitter.range(0, count):
-                for _ in range(BLOCK_ADDS // 2):
-                    x.add(y.get())
-                    y.add(x.get())
+            if work:
+                work()
             # No store passes the fence: the sum is there before the second read.
             emitter.store(out, y.get(), align=8)
             _fence(emitter)
