@@ -112,7 +112,7 @@ def make_profile(
     for name, views in phases.items():
         turn, view = turns[middle[name]], views[middle[name]]
         limits = Limits(roofs, program, threads, memory_bandwidth=statistics.mean(turn.bandwidths))
-        hertz = _hertz(turn)
+        hertz = turn.calibration.core_hertz
         rows = _moments(program, name, views, view, limits, hertz)
         moments += rows
         limit_cycles = sum(row["limit_cycles"] or 0.0 for row in rows)
@@ -173,19 +173,14 @@ def make_profile(
 
 
 def _view(turn: Turn, phase: Phase) -> _View:
-    before, after = turn.calibrations
-    per_tick = (before.core_hertz + after.core_hertz) / 2 / before.ticks_per_second
+    per_tick = turn.calibration.cycles_per_tick
     ledger = keep_books(phase.ticks, phase.spans, phase.window)
     units = len(phase.shapes) if phase.name == "decode" else 1
     return _View(phase, ledger, per_tick, units)
 
 
-def _hertz(turn: Turn) -> float:
-    return (turn.calibrations[0].core_hertz + turn.calibrations[1].core_hertz) / 2
-
-
 def _seconds(phase: Phase, turn: Turn) -> float:
-    return (phase.window[1] - phase.window[0]) / turn.calibrations[0].ticks_per_second
+    return (phase.window[1] - phase.window[0]) / turn.calibration.ticks_per_second
 
 
 def _median_turn(views: Sequence[_View]) -> int:
@@ -259,36 +254,28 @@ def _moments(
 
 
 def _clock(turns: Sequence[Turn], decode: _View) -> dict[str, Any]:
-    calibrations = [each for turn in turns for each in turn.calibrations]
+    calibrations = [turn.calibration for turn in turns]
     hertz = [each.core_hertz for each in calibrations]
-    first = calibrations[0]
-    middle = statistics.median(hertz)
-    drift = max(
-        abs(before.core_hertz - after.core_hertz) / before.core_hertz
-        for before, after in (turn.calibrations for turn in turns)
-    )
+    last = calibrations[-1]
     steps, _, moments = decode.ledger.work.shape
     stamps = steps * (2 * moments + 1)
     ticks = decode.phase.window[1] - decode.phase.window[0]
-    notes = list(first.notes)
-    if drift > 0.02:
-        notes.append(
-            f"the core's frequency changed by {drift:.1%} within a measurement: cycles are "
-            f"from {min(hertz) / middle:.0%} to {max(hertz) / middle:.0%} of what is said"
-        )
+    notes = dict.fromkeys(note for each in calibrations for note in each.notes)
+    counted = [asdict(counts) for counts in turns[-1].counts]
     return {
-        "clock_source": first.source,
-        "clock_error_fraction": max(drift, *(each.error_fraction for each in calibrations)),
+        "clock_source": last.source,
+        "clock_error_fraction": max(each.error_fraction for each in calibrations),
         "clock": {
-            "ticks_per_second": first.ticks_per_second,
-            "core_hertz": middle,
+            "ticks_per_second": last.ticks_per_second,
+            "core_hertz": statistics.median(hertz),
             "core_hertz_low": min(hertz),
             "core_hertz_high": max(hertz),
-            "counts_cycles": first.counts_cycles,
-            "read_cost_seconds": first.read_cost_seconds,
-            "notes": notes,
+            "counts_cycles": last.counts_cycles,
+            "read_cost_seconds": last.read_cost_seconds,
+            "counted": counted or None,
+            "notes": list(notes),
         },
-        "overhead_fraction": stamps * first.read_cost_seconds * first.ticks_per_second / ticks,
+        "overhead_fraction": stamps * last.read_cost_seconds * last.ticks_per_second / ticks,
     }
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.clock.account import Span
-from cyclewise.clock.counter import Calibration, Counter
+from cyclewise.clock.counter import Calibration, Counter, between
+from cyclewise.clock.pmu import Counts, close_groups, open_groups
 from cyclewise.engine.engine import Engine, Request
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import Sampler
@@ -59,8 +60,10 @@ class Turn:
 
     prefill: Phase
     decode: Phase
-    calibrations: tuple[Calibration, Calibration]
-    """Right before and right after."""
+    calibration: Calibration
+    """From right before and right after."""
+    counts: tuple[Counts, ...]
+    """What the processor counted on each thread; empty where it does not."""
     bandwidths: tuple[float, float]
     """Bytes a second read from memory, right before and right after."""
 
@@ -97,6 +100,8 @@ class ClockedRun:
         self.engine = Engine(model)
         self._sink = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._template = _template(model, tokenizer)
+        threads = model.machine.threads.thread_ids if counter.source == "pmu" else ()
+        self._groups = open_groups(threads)
 
     def __enter__(self) -> ClockedRun:
         return self
@@ -104,6 +109,7 @@ class ClockedRun:
     def __exit__(self, *_: object) -> None:
         self.model.machine.clock(None)
         self._sink.close()
+        close_groups(self._groups)
 
     def turns(
         self, settings: Settings, progress: Callable[[str], None] = lambda _: None
@@ -162,9 +168,11 @@ class ClockedRun:
 
     def _turn(self, settings: Settings, text: str, stamps: Stamps) -> Turn:
         machine = self.model.machine
-        before, bandwidth_before = self.counter.calibrate(), machine.read_bandwidth(PROBE_SECONDS)
+        bandwidth_before = machine.read_bandwidth(PROBE_SECONDS)
+        before = self.counter.calibrate(machine.threads)
         machine.settle()
         stamps.clear()
+        counted = [group.read() for group in self._groups]
         anchor = self.counter.anchor()
         laps = _Laps()
         prompt = self._encode(settings, text, laps)
@@ -209,7 +217,10 @@ class ClockedRun:
             self.engine.free(sequence)
         spans = _spans(laps.laps, calls, to_ticks)
         split = to_ticks(border)
-        after, bandwidth_after = self.counter.calibrate(), machine.read_bandwidth(PROBE_SECONDS)
+        pairs = zip(self._groups, counted, strict=True)
+        counts = tuple(group.read().since(earlier) for group, earlier in pairs)
+        after = self.counter.calibrate(machine.threads)
+        bandwidth_after = machine.read_bandwidth(PROBE_SECONDS)
         return Turn(
             Phase(
                 "prefill", ticks[:first], shapes[:first],
@@ -221,7 +232,8 @@ class ClockedRun:
                 tuple(span for span in spans if span.start >= split),
                 (split, to_ticks(laps.last)),
             ),
-            (before, after),
+            between(before, after, counts),
+            counts,
             (bandwidth_before, bandwidth_after),
         )  # fmt: skip
 
