@@ -56,6 +56,8 @@ class Matrix:
     num_rows: int
     num_columns: int
     address: int
+    stride: int
+    """Bytes from a tile to the next: more than a tile where another matrix's lie between."""
 
     @property
     def tile_bytes(self) -> int:
@@ -91,28 +93,47 @@ class Weights:
         """Packs a two-dimensional tensor of (rows, columns); packed row i is row `row_order[i]`
         of the file.
         """
-        tensor = self._tensor(name, shape)
+        return self._pack([name], shape, row_order)[0]
+
+    def pair(self, names: tuple[str, str], shape: tuple[int, int]) -> tuple[Matrix, Matrix]:
+        """Packs two tensors of one shape tile by tile in turns: who takes tile i of both reads one
+        stream.
+        """
+        first, second = self._pack(names, shape, None)
+        return first, second
+
+    def _pack(
+        self, names: Sequence[str], shape: tuple[int, int], row_order: NDArray[np.int32] | None
+    ) -> list[Matrix]:
         rows, columns = shape
-        source = self._file.data(name)
         order = np.arange(rows, dtype=np.int32) if row_order is None else row_order
-        matrix = Matrix(
-            name, tensor.format.name, rows, columns, self._arena.ctypes.data + self._used
-        )
-        self._used += -(-matrix.num_bytes // 64) * 64
+        formats = [self._tensor(name, shape).format.name for name in names]
+        sizes = [tile_bytes(format_, columns) for format_ in formats]
+        start = self._arena.ctypes.data + self._used
+        matrices = [
+            Matrix(name, format_, rows, columns, start + sum(sizes[:i]), sum(sizes))
+            for i, (name, format_) in enumerate(zip(names, formats, strict=True))
+        ]
+        self._used += -(-sum(matrix.num_bytes for matrix in matrices) // 64) * 64
         assert self._used <= self._arena.nbytes
-        pack = callable_at(host_compiler().address(f"pack_{matrix.format}"), 8)
-        row_bytes = tensor.nbytes // rows
+        for matrix in matrices:
+            self._fill(matrix, order)
+        return matrices
+
+    def _fill(self, matrix: Matrix, order: NDArray[np.int32]) -> None:
+        source = self._file.data(matrix.name)
+        row_bytes = self._file.tensors[matrix.name].nbytes // matrix.num_rows
+        pack = callable_at(host_compiler().address(f"pack_{matrix.format}"), 9)
         bounds = np.linspace(0, matrix.num_tiles, self._num_threads + 1).astype(int)
 
         def run(first: int, last: int) -> None:
             pack(
-                source.ctypes.data, row_bytes, order.ctypes.data, rows, columns, matrix.address,
-                first, last,
+                source.ctypes.data, row_bytes, order.ctypes.data, matrix.num_rows,
+                matrix.num_columns, matrix.address, matrix.stride, first, last,
             )  # fmt: skip
 
         list(self._pool.map(run, bounds[:-1].tolist(), bounds[1:].tolist()))
-        self._file.release(name)
-        return matrix
+        self._file.release(matrix.name)
 
     def vector(
         self, name: str, length: int, row_order: NDArray[np.int32] | None = None

@@ -229,7 +229,7 @@ class Builder:
         assert table.num_rows == self._vocab_size and table.num_columns == self._hidden.width
         values = {
             "row_kernel": self._kernel(table, "row"), "table": table.address,
-            "tile_bytes": table.tile_bytes, "columns": table.num_columns,
+            "tile_bytes": table.stride, "columns": table.num_columns,
             "out": self._hidden.address, "out_stride": self._hidden.stride,
         }  # fmt: skip
         form = costs.embed_form(table.num_columns, table.tile_bytes // ROWS)
@@ -278,8 +278,8 @@ class Builder:
             "columns": gate.num_columns,
             "out": self._gated.address, "out_stride": self._gated.stride,
             "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address,
-            "gate_tile_bytes": gate.tile_bytes,
-            "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.tile_bytes,
+            "gate_tile_bytes": gate.stride,
+            "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.stride,
         }  # fmt: skip
         quantized = source is self._quantized
         form = costs.gated_form(_shape(gate), _shape(up), quantized=quantized)
@@ -366,7 +366,7 @@ class Builder:
             assert bias is None or bias.size >= matrix.num_rows
             part = {
                 "tile_kernel": self._kernel(matrix, "tile"), "weights": matrix.address,
-                "tile_bytes": matrix.tile_bytes, "num_tiles": matrix.num_tiles,
+                "tile_bytes": matrix.stride, "num_tiles": matrix.num_tiles,
                 "out_offset": offset * 4, "bias": self._pointer(bias),
             }  # fmt: skip
             tail += [part[field_] for field_ in LINEAR_PART]

@@ -72,8 +72,9 @@ def build(config: Config, weights: Weights, num_threads: int, variant: Variant =
         builder.norm(name + "ffn.norm", weights.vector(file + "ffn_norm.weight", hidden))
         builder.gated(
             name + "ffn.gate_up",
-            weights.matrix(file + "ffn_gate.weight", (config.feed_forward, hidden)),
-            weights.matrix(file + "ffn_up.weight", (config.feed_forward, hidden)),
+            *weights.pair(
+                (file + "ffn_gate.weight", file + "ffn_up.weight"), (config.feed_forward, hidden)
+            ),
         )
         builder.down(
             name + "ffn.down",

@@ -134,14 +134,14 @@ def pack(
     """Packed tiles with a guard behind them."""
     rows = len(data)
     order = np.arange(rows, dtype=np.int32) if order is None else order
-    tiles = -(-rows // ROWS)
-    out = guarded(tiles * tile_bytes(format_name, columns))
+    tiles, stride = -(-rows // ROWS), tile_bytes(format_name, columns)
+    out = guarded(tiles * stride)
     out[:-GUARD] = 0
-    run = kernel(pack_unit(format_name), f"pack_{format_name}", 8)
+    run = kernel(pack_unit(format_name), f"pack_{format_name}", 9)
     # Any split into ranges of tiles gives the whole.
     middle = tiles // 2
     for first, last in ((middle, tiles), (0, middle)):
-        run(data, data.shape[1], order, rows, columns, out, first, last)
+        run(data, data.shape[1], order, rows, columns, out, stride, first, last)
     check_guard(out)
     return out
 

@@ -5,8 +5,16 @@ import numpy as np
 import pytest
 
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
+from cyclewise.machine.kernels.pack import pack_unit
 from tests import naive
-from tests.machine.kernel_calls import FORMATS, pack, packed_row, random_rows, row_bytes
+from tests.machine.kernel_calls import (
+    FORMATS,
+    kernel,
+    pack,
+    packed_row,
+    random_rows,
+    row_bytes,
+)
 
 
 def dequantized(format_name, data):
@@ -63,3 +71,18 @@ def test_rows_beyond_the_last_are_zero(format_name):
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_packing_adds_at_most_three_percent(format_name):
     assert tile_bytes(format_name, 4096) <= 1.03 * row_bytes(format_name, 4096) * ROWS
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_two_matrices_lie_tile_by_tile_in_turns(format_name):
+    rows, columns = 48, 256
+    size = tile_bytes(format_name, columns)
+    data = [random_rows(np.random.default_rng(i), format_name, rows, columns) for i in (0, 1)]
+    out = np.zeros(2 * 3 * size, np.uint8)
+    run = kernel(pack_unit(format_name), f"pack_{format_name}", 9)
+    order = np.arange(rows, dtype=np.int32)
+    for i in (0, 1):
+        to = out.ctypes.data + i * size
+        run(data[i], data[i].shape[1], order, rows, columns, to, 2 * size, 0, 3)
+    alone = [pack(format_name, rows_, columns)[: 3 * size].reshape(3, size) for rows_ in data]
+    np.testing.assert_array_equal(out.reshape(3, 2, size), np.stack(alone, 1))

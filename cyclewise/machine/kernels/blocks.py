@@ -35,7 +35,7 @@ class BlockFormat:
     has_sub_scales = False
     groups_per_block: int = 1
     prefetch_bytes: int = 2048
-    """How far ahead a stream of weights is asked for, as measured."""
+    """How far ahead the stream of weights is asked for: the best of those measured."""
     block_bytes: int
     """Bytes of a block (`groups_per_block` groups) of a tile of 16 rows."""
 
@@ -102,19 +102,29 @@ class Q4_1(Q4_0):
 
 
 class Q5_0(BlockFormat):
-    """256 bytes of low nibbles, 16 words of fifth bits (bit s of byte b: column 4s+b), 16 float16
-    scales.
+    """5 words of codes a row, 16 float16 scales.
+
+    Each byte of the words holds a whole code (of steps 0, 1, 3, 4 and 6) and three bits above it:
+    those of words 0 and 1 make step 2, of 2 and 3 step 5, and what they leave with word 4 step 7.
     """
 
     name, bits, zero_point, block_bytes = "Q5_0", 5, 16, 352
-    prefetch_bytes = 3072
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
     ) -> Value:
-        high = _load_words(emitter, block + 256, part)
-        high = high << (4 - step) if step < 4 else high >> (step - 4)
-        return _nibbles(emitter, block, step, part) | (high & 0x10101010)
+        def bits(word: int, shift: int, mask: int) -> Value:
+            value = _load_words(emitter, block + word * 64, part)
+            return (value >> shift if shift else value) & (mask * 0x01010101)
+
+        match step:
+            case 2 | 5:
+                first = 2 * (step // 3)
+                return bits(first, 5, 0x07) | bits(first + 1, 3, 0x18)
+            case 7:
+                return bits(4, 5, 0x07) | bits(1, 2, 0x08) | bits(3, 1, 0x10)
+            case _:
+                return bits({0: 0, 1: 1, 3: 2, 4: 3, 6: 4}[step], 0, 0x1F)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
         return _load_halves(emitter, block + 320, part)
@@ -136,17 +146,16 @@ class Q8_0(BlockFormat):
 
 
 class Q4_K(BlockFormat):
-    """8 groups of 256 bytes of nibbles, 8 x 16 byte scales, 8 x 16 byte minima, 16 float16 d, 16
-    float16 dmin.
+    """16 float16 d, 16 float16 dmin, 8 x 16 byte scales, 8 x 16 byte minima, 8 groups of 256 bytes
+    of nibbles.
     """
 
     name, bits, has_minimum, groups_per_block, block_bytes = "Q4_K", 4, True, 8, 2368
-    prefetch_bytes = 4096
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
     ) -> Value:
-        return _nibbles(emitter, block + group * 256, step, part)
+        return _nibbles(emitter, block + 320 + group * 256, step, part)
 
     def _scaled(
         self,
@@ -161,40 +170,43 @@ class Q4_K(BlockFormat):
         return _load_halves(emitter, block + half_at, part) * emitter.to_float(small)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
-        return self._scaled(emitter, block, group, part, 2048, 2304)
+        return self._scaled(emitter, block, group, part, 64, 0)
 
     def minimum(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
-        value = self._scaled(emitter, block, group, part, 2176, 2336)
+        value = self._scaled(emitter, block, group, part, 192, 32)
         return emitter.constant(-0.0, value.type) - value
 
 
 class Q6_K(BlockFormat):
-    """8 groups of 256 bytes of low nibbles, 8 x 128 bytes of high bits, 16 x 16 byte scales, 16
-    float16 d.
+    """16 float16 d, 16 x 16 byte scales, 8 groups of 6 words of codes a row.
 
-    High bits: two words a row; in word w, bits 2j and 2j+1 of byte b belong to column 16w+4j+b.
+    Each byte of words 0, 1, 2 holds a code of that step, and above it two bits of step 3; words 3,
+    4 and 5 likewise hold steps 4 to 7.
     """
 
     name, bits, zero_point, has_sub_scales, groups_per_block = "Q6_K", 6, 32, True, 8
     block_bytes = 3360
-    prefetch_bytes = 4096
 
     def codes(
         self, emitter: Emitter, block: Value, group: Value | int, step: int, part: int
     ) -> Value:
-        low = _nibbles(emitter, block + group * 256, step, part)
-        high = _load_words(emitter, block + 2048 + group * 128 + (step // 4) * 64, part)
-        shift = 2 * (step % 4)
-        high = high << (4 - shift) if shift <= 4 else high >> (shift - 4)
-        return low | (high & 0x30303030)
+        at = block + 288 + group * 384 + (step // 4) * 192
+
+        def bits(word: int, shift: int, mask: int) -> Value:
+            value = _load_words(emitter, at + word * 64, part)
+            return (value >> shift if shift else value) & (mask * 0x01010101)
+
+        if step % 4 < 3:
+            return bits(step % 4, 0, 0x3F)
+        return bits(0, 6, 0x03) | bits(1, 4, 0x0C) | bits(2, 2, 0x30)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
-        return _load_halves(emitter, block + 3328, part)
+        return _load_halves(emitter, block, part)
 
     def sub_scale(
         self, emitter: Emitter, block: Value, group: Value | int, half: int, part: int
     ) -> Value:
-        return _load_bytes(emitter, block + 3072 + group * 32 + half * 16, part, "sext")
+        return _load_bytes(emitter, block + 32 + group * 32 + half * 16, part, "sext")
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {

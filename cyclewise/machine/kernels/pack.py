@@ -1,9 +1,9 @@
 """Repacking: from a file's blocks to tiles of 16 rows, bit for bit.
 
-`pack_<format>(source, row_bytes, rows, num_rows, columns, out, first, last)` writes the tiles
-`first..last` of a matrix whose file rows lie at `source`; row i of the packed matrix is row
-`rows[i]` (int32) of the file. Rows beyond `num_rows` are zero. The layouts are those of
-`blocks.py`; the source's are ggml's.
+`pack_<format>(source, row_bytes, rows, num_rows, columns, out, stride, first, last)` writes the
+tiles `first..last` of a matrix whose file rows lie at `source`, one every `stride` bytes; row i of
+the packed matrix is row `rows[i]` (int32) of the file. Rows beyond `num_rows` are zero. The
+layouts are those of `blocks.py`; the source's are ggml's.
 """
 
 from __future__ import annotations
@@ -46,16 +46,31 @@ def _q4_1(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
 
 def _q5_0(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
     _copy(emitter, source, to + 320 + lane * 2, I16)
-    _copy_words(emitter, source + 6, to + lane * 4, 4)
-    bits = emitter.load(source + 2, I32, align=1)
-    word = emitter.constant(0, I32)
-    for byte in range(4):
-        spread = (bits >> byte) & 0x11111111
-        spread = (spread | (spread >> 3)) & 0x03030303
-        spread = (spread | (spread >> 6)) & 0x000F000F
-        spread = (spread | (spread >> 12)) & 0xFF
-        word = word | (spread << (8 * byte))
-    emitter.store(to + 256 + lane * 4, word)
+    high = emitter.load(source + 2, I32, align=1)
+    codes = []
+    for step in range(8):
+        word = emitter.load(source + 6 + 4 * (step % 4), I32, align=1)
+        word = (word if step < 4 else word >> 4) & 0x0F0F0F0F
+        fifth = (high >> (4 * step)) & 0xF
+        for byte in range(4):
+            word = word | (((fifth >> byte) & 1) << (8 * byte + 4))
+        codes.append(word)
+
+    def three(code: Value) -> Value:
+        return (code & 0x07070707) << 5
+
+    def two(code: Value) -> Value:
+        return (code & 0x18181818) << 3
+
+    words = (
+        codes[0] | three(codes[2]),
+        codes[1] | two(codes[2]) | ((codes[7] & 0x08080808) << 2),
+        codes[3] | three(codes[5]),
+        codes[4] | two(codes[5]) | ((codes[7] & 0x10101010) << 1),
+        codes[6] | three(codes[7]),
+    )
+    for index, word in enumerate(words):
+        emitter.store(to + 64 * index + lane * 4, word)
 
 
 def _q8_0(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
@@ -72,8 +87,8 @@ def _store_steps(emitter: Emitter, codes: Value, to: Value) -> None:
 
 def _q4_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
     half = vector(I8, 16)
-    _copy(emitter, source, to + 2304 + lane * 2, I16)
-    _copy(emitter, source + 2, to + 2336 + lane * 2, I16)
+    _copy(emitter, source, to + lane * 2, I16)
+    _copy(emitter, source + 2, to + 32 + lane * 2, I16)
     packed = [emitter.load(source + 4 + i, I8) for i in range(12)]
     for group in range(8):
         if group < 4:
@@ -81,36 +96,35 @@ def _q4_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
         else:
             scale = (packed[group + 4] & 15) | ((packed[group - 4] >> 6) << 4)
             minimum = (packed[group + 4] >> 4) | ((packed[group] >> 6) << 4)
-        emitter.store(to + 2048 + group * 16 + lane, scale)
-        emitter.store(to + 2176 + group * 16 + lane, minimum)
+        emitter.store(to + 64 + group * 16 + lane, scale)
+        emitter.store(to + 192 + group * 16 + lane, minimum)
     for pair in range(4):
         low, high = (emitter.load(source + 16 + pair * 32 + 16 * i, half) for i in (0, 1))
         for odd in (0, 1):
             first, second = (low >> 4, high >> 4) if odd else (low & 15, high & 15)
             codes = (first & 15) | (second << 4)
-            _store_steps(emitter, codes, to + (2 * pair + odd) * 256 + lane * 4)
+            _store_steps(emitter, codes, to + 320 + (2 * pair + odd) * 256 + lane * 4)
 
 
 def _q6_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
     half = vector(I8, 16)
-    _copy(emitter, source + 208, to + 3328 + lane * 2, I16)
+    _copy(emitter, source + 208, to + lane * 2, I16)
     for index in range(16):
-        _copy(emitter, source + 192 + index, to + 3072 + index * 16 + lane, I8)
+        _copy(emitter, source + 192 + index, to + 32 + index * 16 + lane, I8)
     for group in range(8):
         side, quarter = divmod(group, 4)
         low_at = source + side * 64 + (quarter % 2) * 32
         high_at = source + 128 + side * 32
-        low, high = [], []
         for i in (0, 1):
             nibbles = emitter.load(low_at + 16 * i, half)
-            low.append((nibbles >> 4 if quarter >= 2 else nibbles) & 15)
-            high.append((emitter.load(high_at + 16 * i, half) >> (2 * quarter)) & 3)
-        _store_steps(emitter, low[0] | (low[1] << 4), to + group * 256 + lane * 4)
-        for i in (0, 1):
-            words = emitter.bitcast(high[i], vector(I32, 4))
-            found = [emitter.extract(words, step) << (2 * step) for step in range(4)]
-            word = found[0] | found[1] | found[2] | found[3]
-            emitter.store(to + 2048 + group * 128 + 64 * i + lane * 4, word)
+            low = (nibbles >> 4 if quarter >= 2 else nibbles) & 15
+            high = (emitter.load(high_at + 16 * i, half) >> (2 * quarter)) & 3
+            words = emitter.bitcast(low | (high << 4), vector(I32, 4))
+            codes = [emitter.extract(words, step) for step in range(4)]
+            for step in range(3):
+                two = ((codes[3] >> (2 * step)) & 0x03030303) << 6
+                at = to + 288 + group * 384 + i * 192 + step * 64 + lane * 4
+                emitter.store(at, codes[step] | two)
 
 
 _BLOCKS: dict[str, Callable[[Emitter, Value, Value, Value], None]] = {
@@ -124,17 +138,16 @@ def pack_unit(name: str) -> Unit:
     def write(emitter: Emitter) -> None:
         def pack(
             source: Value, row_bytes: Value, rows: Value, num_rows: Value, columns: Value,
-            out: Value, first: Value, last: Value,
+            out: Value, stride: Value, first: Value, last: Value,
         ) -> None:  # fmt: skip
             blocks = columns // columns_of_block
             block_bytes = block_shape(name)[1]
-            size = blocks * block_bytes
             with emitter.range(first, last) as tile, emitter.range(0, ROWS) as lane:
                 row = tile * ROWS + lane
                 with emitter.when(row < num_rows):
                     at = source + load_int32(emitter, rows, row) * row_bytes
                     with emitter.range(0, blocks) as block:
-                        to = out + tile * size + block * block_bytes
+                        to = out + tile * stride + block * block_bytes
                         from_ = at + block * bytes_of_block
                         if name in FLOAT_FORMATS:
                             element = I32 if name == "F32" else I16
@@ -142,6 +155,6 @@ def pack_unit(name: str) -> Unit:
                         else:
                             _BLOCKS[name](emitter, from_, to, lane)
 
-        emitter.function(f"pack_{name}", 8, pack)
+        emitter.function(f"pack_{name}", 9, pack)
 
     return Unit(f"pack_{name}", write, (f"pack_{name}",))
