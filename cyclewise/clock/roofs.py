@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from cyclewise.clock.counter import open_counter
+from cyclewise.clock.tuning import measure_tuning
 from cyclewise.errors import ClockError
 from cyclewise.machine.host import available_cpus, cpu_name
 from cyclewise.machine.kernels.compiler import host_compiler
@@ -96,7 +97,7 @@ def machine_profile(
     if found is None:
         found = MachineProfile(
             cpu=cpu_name(), target=host_compiler().target.name, num_cpus=available_cpus(),
-            roofs=measure_roofs(progress),
+            roofs=measure_roofs(progress), tuning=measure_tuning(progress),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         save_profile(found)
@@ -247,7 +248,8 @@ def implausible(
                 return f"{each:.0f} bytes a cycle from {name}"
         for (few, less), (many, more) in pairwise(scaling):
             if more > 1.5 * less * many / few:
-                return f"{name} of {_threads(many)} is {more / less:.1f} times that of {_threads(few)}"
+                times = f"{more / less:.1f} times"
+                return f"{name} of {_threads(many)} is {times} that of {_threads(few)}"
     for near, far in pairwise(name for name in found if name not in operations):
         for (count, nearer), (_, farther) in zip(found[near], found[far], strict=True):
             if farther > 1.1 * nearer:

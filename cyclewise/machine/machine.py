@@ -31,6 +31,7 @@ from cyclewise.machine.kernels.layout import (
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.kernels.loop import MAX_TILES, clocked_loop_unit
 from cyclewise.machine.packing import allocate
+from cyclewise.machine.profile import load_tuning
 from cyclewise.machine.program import Moment, Program
 from cyclewise.machine.stamps import Stamps
 from cyclewise.machine.threads import Threads
@@ -64,13 +65,13 @@ class Chunk:
 
 
 def resolve_threads(num_threads: int | None) -> int:
-    """The number of threads to run: never more than there are CPUs, since that only makes them
-    wait.
+    """The number of threads to run: what is asked for, or else what the machine profile says, or
+    else one for each CPU; never more than those, since that only makes them wait.
     """
     if num_threads is not None and num_threads < 1:
         raise InvalidParameterError(f"threads is {num_threads}; it must be at least 1.")
     available = available_cpus()
-    return available if num_threads is None else min(num_threads, available)
+    return min(num_threads or load_tuning().num_threads or available, available)
 
 
 def _require(condition: bool, what: str) -> None:
@@ -88,7 +89,8 @@ class Machine:
             )
         self.program = program
         self.num_threads = num_threads
-        self.max_batch_tokens = MAX_BATCH_TOKENS
+        chunk = load_tuning().prefill_chunk or MAX_BATCH_TOKENS
+        self.max_batch_tokens = min(chunk, MAX_BATCH_TOKENS)
         self.page_tokens = PAGE_TOKENS
         self.num_pages = program.num_pages
         compiler = host_compiler()
@@ -160,7 +162,7 @@ class Machine:
         next step.
 
         Args:
-            token_ids: the flat batch, at most `max_batch_tokens`.
+            token_ids: the flat batch, at most MAX_BATCH_TOKENS.
             chunks: they cover the batch, in order.
             logit_rows: tokens of the batch, ascending, whose logits are wanted.
         """

@@ -53,7 +53,8 @@ def load_model(
     Args:
         path: a GGUF file.
         context: tokens that a sequence may hold; the model's own, at most 4,096, if None.
-        threads: threads to run; one for each CPU that the process may use if None, never more.
+        threads: threads to run; None: as the machine profile says, or one for each CPU that the
+            process may use. Never more than those.
 
     Raises:
         ModelFileError: the file is damaged or lacks something.

@@ -21,7 +21,7 @@ from cyclewise.errors import ClockError
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.kernels.rates import rates
 from cyclewise.machine.kernels.target import host_target
-from cyclewise.machine.profile import load_profile
+from cyclewise.machine.profile import Tuning, load_profile
 
 OPERATIONS = {"dot": 64, "fma": 16}
 HERTZ = 1e9
@@ -146,6 +146,23 @@ def test_every_level_and_unit_is_measured_for_each_number_of_threads(hasty):
     assert (roofs.handover_seconds > 0) == (counts[-1] > 1)
     assert told
     assert before is None or os.sched_getaffinity(0) == before
+
+
+def test_a_profile_is_measured_once_and_again_when_asked(hasty, monkeypatch):
+    asked = []
+
+    def tune(progress):
+        asked.append(progress)
+        return Tuning(num_threads=1)
+
+    monkeypatch.setattr(module, "measure_tuning", tune)
+    first = machine_profile()
+    assert first.tuning == Tuning(num_threads=1)
+    assert first == load_profile() == machine_profile()
+    assert len(asked) == 1
+    again = machine_profile(recalibrate=True)
+    assert len(asked) == 2
+    assert load_profile() == again
 
 
 def test_what_cannot_be_is_refused(hasty, monkeypatch):

@@ -5,9 +5,14 @@ import threading
 import numpy as np
 import pytest
 
+from cyclewise.engine.engine import Engine
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.host import available_cpus
+from cyclewise.machine.kernels.compiler import host_compiler
+from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.kernels.target import host_target
 from cyclewise.machine.machine import Chunk, Machine, resolve_threads
+from cyclewise.machine.profile import Tuning
 from cyclewise.models import load_model
 from tests.models import tiny
 from tests.models.tiny import Tiny
@@ -137,13 +142,55 @@ def test_a_bad_batch_is_refused_before_any_kernel_runs(machine, name):
     np.testing.assert_array_equal(after, again)
 
 
-def test_the_number_of_threads():
+@pytest.fixture
+def tuned(monkeypatch):
+    """Pretends that the machine profile made a choice."""
+
+    def pretend(**choices):
+        for module in ("machine", "kernels.compiler"):
+            name = f"cyclewise.machine.{module}.load_tuning"
+            monkeypatch.setattr(name, lambda: Tuning(**choices))
+
+    return pretend
+
+
+def test_the_number_of_threads(tuned):
+    tuned()
     assert resolve_threads(None) == available_cpus() >= 1
     assert resolve_threads(1) == 1
     assert resolve_threads(1000) == available_cpus()
     for count in (0, -1):
         with pytest.raises(InvalidParameterError, match="at least 1"):
             resolve_threads(count)
+
+
+def test_the_profile_chooses_threads_unless_a_number_is_given(tuned, monkeypatch):
+    monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 8)
+    tuned(num_threads=6)
+    assert [resolve_threads(n) for n in (None, 1, 8, 9)] == [6, 1, 8, 8]
+    tuned(num_threads=9)
+    assert resolve_threads(None) == 8
+
+
+def test_the_profile_chooses_the_prefill_chunk(path, tuned):
+    found = []
+    for chunk in (None, 16, 1 << 15):
+        tuned(prefill_chunk=chunk)
+        model = load_model(path, threads=2)
+        engine = Engine(model)
+        found.append((model.machine.max_batch_tokens, engine.evaluate(engine.new_sequence(), IDS)))
+        model.close()
+    assert [most for most, _ in found] == [MAX_BATCH_TOKENS, 16, MAX_BATCH_TOKENS]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
+def test_the_profile_chooses_the_register_tiles(tuned):
+    tuned()
+    assert host_compiler.__wrapped__().target == host_target()
+    tuned(token_tiles=(2, 1))
+    compiler = host_compiler.__wrapped__()
+    assert compiler.target.token_tiles == (2, 1)
+    assert compiler.target.name == host_target().name
 
 
 def test_reading_bandwidth_leaves_the_machine_as_it_was(machine, monkeypatch):

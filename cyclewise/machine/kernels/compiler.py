@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,7 @@ from llvmlite import binding
 
 from cyclewise.machine.kernels.lang import Emitter
 from cyclewise.machine.kernels.target import Target, host_target
+from cyclewise.machine.profile import load_tuning
 from cyclewise.paths import cache_dir
 
 
@@ -181,8 +182,11 @@ class Compiler:
 
 @cache
 def host_compiler() -> Compiler:
-    """The compiler of this process: one, so that every model shares its kernels."""
-    return Compiler()
+    """The compiler of this process: one, so that every model shares its kernels. The sizes of its
+    register tiles are the machine profile's, where there is one.
+    """
+    target, tiles = host_target(), load_tuning().token_tiles
+    return Compiler(replace(target, token_tiles=tiles) if tiles else target)
 
 
 def callable_at(address: int, num_arguments: int) -> Any:
