@@ -46,9 +46,14 @@ class BatchShape:
         return sum(count * first + count * (count + 1) // 2 for count, first in self.chunks)
 
     @property
+    def num_earlier_keys(self) -> int:
+        """Those of the keys that are read which earlier steps wrote."""
+        return sum(first for _, first in self.chunks)
+
+    @property
     def num_keys(self) -> int:
         """Tokens whose keys and values are read, each once a chunk."""
-        return sum(first + count for count, first in self.chunks)
+        return self.num_earlier_keys + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
