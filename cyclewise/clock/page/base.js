@@ -17,6 +17,7 @@ const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 // Numbers as text
 
 function digits(value, places = 3) {
+  if (!isNumber(value)) return "–";
   if (value === 0) return "0";
   const whole = Math.floor(Math.log10(Math.abs(value))) + 1;
   return value.toFixed(clamp(places - whole, 0, places + 2));

@@ -148,9 +148,15 @@ function lawText(growth) {
 function drawGrowth() {
   const growth = (profile.growth ?? []).filter((each) => each.points?.length);
   if (!growth.length) return byId("growth").remove();
-  const size = (each) =>
-    (each.name === "total" ? 1e30 : 0) + Math.max(...each.points.map((point) => point.cycles));
-  growth.sort((a, b) => size(b) - size(a));
+  // Totals first, then what takes the largest share of its total.
+  const most = (each) => Math.max(...each.points.map((point) => point.cycles));
+  const size = (each) => {
+    if (each.name === "total") return Infinity;
+    const total = growth.find((other) => other.name === "total" && other.phase === each.phase
+      && other.variable === each.variable);
+    return total ? most(each) / most(total) : 0;
+  };
+  growth.sort((a, b) => (size(a) === size(b) ? 0 : size(b) - size(a)));
   const panel = (container, each) => {
     const room = html("div");
     container.append(html("figure", { style: "margin:0" },

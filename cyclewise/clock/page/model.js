@@ -26,6 +26,7 @@ function sumUp(kind, members) {
     bounds.set(moment.bound, (bounds.get(moment.bound) ?? 0) + whole(moment));
   }
   total.bound = [...bounds].sort((a, b) => b[1] - a[1])[0][0];
+  if (members.length === 1) total.limit_cycles = first.limit_cycles;
   total.limit_fraction = members.length === 1 ? first.limit_fraction : shareOfLimit(total);
   return total;
 }

@@ -88,7 +88,7 @@ function drawFigures() {
       profile.limit_fraction],
     [`${UNIT} per token`, count(profile.cycles_per_token), "", SOURCES.cycles,
       profile.cycles_per_token],
-    ["prefill tokens/s", count(prefill.tokens_per_second), limits.prefill, SOURCES.time, prefill.tokens_per_second],
+    ["prefill tokens/s", digits(prefill.tokens_per_second), limits.prefill, SOURCES.time, prefill.tokens_per_second],
   ];
   byId("figures").append(...figures.map(([name, value, note, kind, datum]) =>
     html("div", {}, html("dt", {}, name),
@@ -101,13 +101,15 @@ function drawHeader() {
   const { model, settings, host } = profile;
   document.title = `${model.name} · Cyclewise`;
   byId("model").textContent = model.name;
+  const formats = Object.entries(model.formats ?? {}).sort((a, b) => b[1] - a[1])
+    .map(([name]) => name);
   const words = [
-    [model.architecture, plural(model.layers, "layer"), Object.keys(model.formats ?? {}).join(", ")]
+    [model.architecture, plural(model.layers, "layer"), formats.join(", ")]
       .filter(Boolean).join(", "),
     `prompt of ${settings.prompt_tokens}, ${settings.generate_tokens} generated`,
     `batch ${settings.batch}`, plural(settings.threads, "thread"),
     plural(settings.repeats, "repeat"), host?.cpu,
-    host?.date ? String(host.date).slice(0, 10) : null,
+    host?.date ? String(host.date).slice(0, 10).replaceAll("-", "\u2011") : null,
   ];
   byId("setting").textContent = words.filter(Boolean).join(" · ");
   document.querySelector("header .key").append(
