@@ -92,8 +92,11 @@ def profile(
         write_mermaid(result, mermaid)
     if trace is not None:
         from cyclewise.clock.trace import write_trace
+        from cyclewise.terminal import note
 
-        write_trace(trace, loaded, turns)
+        written = write_trace(trace, loaded, turns)
+        if written.left_out:
+            note(f"the trace holds {written.num_steps} steps; {written.left_out} had no room")
     if as_json:
         print_json(result)
     else:

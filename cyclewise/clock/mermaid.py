@@ -63,12 +63,17 @@ def write_mermaid(profile: Profile, path: str | Path) -> tuple[Path, ...]:
     if path.suffix not in DIAGRAM_SUFFIXES:
         path.write_text(mermaid(profile), encoding="utf-8")
         return (path,)
-    written = []
-    for part, text in _diagrams(profile).items():
-        file = path if part == "program" else path.with_suffix(f".{part}{path.suffix}")
-        file.write_text(text, encoding="utf-8")
-        written.append(file)
-    return tuple(written)
+    diagrams = _diagrams(profile)
+    files = {
+        part: path if part == "program" else path.with_suffix(f".{part}{path.suffix}")
+        for part in diagrams
+    }
+    beside = [_plain(file.name) for part, file in files.items() if part != "program"]
+    if beside:
+        diagrams["program"] += f"  %% Gantt charts of one token: {', '.join(beside)}\n"
+    for part, file in files.items():
+        file.write_text(diagrams[part], encoding="utf-8")
+    return tuple(files.values())
 
 
 def mermaid(profile: Profile) -> str:

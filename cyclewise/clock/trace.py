@@ -41,8 +41,9 @@ _PROCESS, _COUNTER, _FIRST_THREAD = 1, 2, 3
 """Tracks, and the sequences of packets that fill them."""
 _BEGIN, _END, _COUNT = 1, 2, 4
 _CLEARED, _NEEDS_STATE = 1, 2
-_SLICE_BYTES = 44
-"""At most: 24 of its beginning, 20 of its end."""
+_SLICE_BYTES = 36
+"""At most, where its times take three bytes, which hold `_SHORT` nanoseconds; else three more."""
+_SHORT = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,16 @@ def _fitting_steps(run: TraceInput, max_bytes: int) -> int:
     layers = len({layer_of(name) for name in run.moments}) + 1
     slices += run.ticks.shape[1] * layers + 1
     fixed += len(run.stages) * _SLICE_BYTES
-    return int(np.searchsorted(np.cumsum(slices * _SLICE_BYTES), max_bytes - fixed, "right"))
+    # However the time is cut, so many pieces at most are longer.
+    ends = run.ticks.max(axis=(1, 2, 3)) - _first_tick(run)
+    longer = ends * (1e9 / run.ticks_per_second) / _SHORT
+    needed = np.cumsum(slices) * _SLICE_BYTES + 3 * run.ticks.shape[1] * longer
+    return int(np.searchsorted(needed, max_bytes - fixed, "right"))
+
+
+def _first_tick(run: TraceInput) -> int:
+    step = run.ticks[0]
+    return min([int(step[step > 0].min()), *(start for _, start, _ in run.stages[:1])])
 
 
 def _names(run: TraceInput) -> list[str]:
@@ -131,9 +141,7 @@ def _names(run: TraceInput) -> list[str]:
 class _Writer:
     def __init__(self, file: BinaryIO, run: TraceInput, num_steps: int) -> None:
         self._file, self._run, self._num_steps = file, run, num_steps
-        step = run.ticks[0]
-        starts = [int(step[step > 0].min()), *(start for _, start, _ in run.stages[:1])]
-        self._first = min(starts)
+        self._first = _first_tick(run)
         self._names = {name: iid for iid, name in enumerate(_names(run), 1)}
         categories = dict.fromkeys([*run.classes, "step", "layer", "host", WAITING])
         self._categories = {name: iid for iid, name in enumerate(categories, 1)}

@@ -97,7 +97,11 @@ def test_markdown_has_all_and_a_diagram_file_one(tmp_path: Path) -> None:
     ]
     files = write_mermaid(profile, tmp_path / "a.mmd")
     assert [file.name for file in files] == ["a.mmd", "a.token.mmd", "a.layer.mmd"]
-    assert all("```" not in file.read_text(encoding="utf-8") for file in files)
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    assert texts[0] == flowchart(profile) + (
+        "  %% Gantt charts of one token: a.token.mmd, a.layer.mmd\n"
+    )
+    assert all(text.startswith("gantt\n") for text in texts[1:])
 
 
 def test_without_a_timeline_the_program_is_left() -> None:
@@ -146,4 +150,7 @@ def test_mermaid_draws_them(tmp_path: Path) -> None:
                     f"mermaid.render('{name}', {json.dumps(diagram)}).then((e) => e.svg)"
                 )
                 assert drawn.startswith("<svg") and "Syntax error" not in drawn
+        write_mermaid(hostile, tmp_path / "a.mmd")
+        program = (tmp_path / "a.mmd").read_text(encoding="utf-8")
+        assert opened.run(f"mermaid.parse({json.dumps(program)}).then((e) => e.diagramType)")
         assert opened.problems == []

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as schema
 
-from cyclewise.clock.trace import START_NS, TraceFile, TraceInput, write_run
+from cyclewise.clock.account import Span
+from cyclewise.clock.run import Phase, Turn
+from cyclewise.clock.trace import START_NS, TraceFile, TraceInput, write_run, write_trace
+from cyclewise.machine.costs import BatchShape
 
 TICKS_PER_SECOND = 2.5e9
 MOMENTS = (
@@ -186,6 +191,39 @@ def test_every_slice_has_its_place_name_and_duration(tmp_path: Path) -> None:
     for thread in range(3):
         assert found.slices[thread] == expected_slices(run, thread)
     assert {each.name for each in found.slices[0]} >= {*MOMENTS, "waiting", "layer 2", "sampling"}
+
+
+def test_turns_follow_each_other(tmp_path: Path) -> None:
+    run = make_run(num_steps=4)
+    first, second = (_turn(run, slice(2 * n, 2 * n + 2)) for n in range(2))
+    pairs = zip(run.moments, run.classes, strict=True)
+    moments = [SimpleNamespace(name=name, kind=kind) for name, kind in pairs]
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(name=""), path=Path("model.gguf"),
+        program=SimpleNamespace(moments=moments),
+    )  # fmt: skip
+    written = write_trace(tmp_path / "a.pftrace", model, [first, second])
+    assert (written.num_steps, written.left_out) == (4, 0)
+    found = decode(tmp_path / "a.pftrace")
+    assert found.process.process_name == "cyclewise model.gguf"
+    labels = ["prompt 0", "token 0"] * 2
+    assert [s.name for s in found.slices[0] if s.category == "step"] == labels
+    renamed = replace(run, labels=labels)
+    assert found.slices[2] == expected_slices(renamed, 2)
+
+
+def _turn(run: TraceInput, steps: slice) -> Turn:
+    """A prompt and a token, with the stages before and after each."""
+    ticks = run.ticks[steps]
+    spans = [Span(*stage) for stage in run.stages]
+    phases = []
+    for index, (name, num_tokens) in enumerate((("prefill", 512), ("decode", 1))):
+        start, end = int(ticks[index, 0, 0, 0]) - 10_000, int(ticks[index].max()) + 10_000
+        inside = tuple(span for span in spans if start <= span.start < end)
+        shape = BatchShape(((num_tokens, 0),), 1)
+        phases.append(Phase(name, ticks[index : index + 1], (shape,), inside, (start, end)))
+    calibration: Any = SimpleNamespace(ticks_per_second=TICKS_PER_SECOND)
+    return Turn(phases[0], phases[1], calibration, (), (1.0, 1.0))
 
 
 def test_the_counter_holds_tokens_a_second(tmp_path: Path) -> None:
