@@ -8,10 +8,15 @@ with that of another (the hierarchical roofline: Ilic et al., 2014).
     limit = max(operations / rate of their unit, for each level: bytes that cross it / bandwidth)
 
 *Far* bytes are weights and the keys and values of earlier steps. A step passes over all of them
-once, so by the time one is wanted again the others have displaced it from every cache that does
-not hold them all: they come from the nearest level that does. *Near* bytes are what the step
-itself made, activations and its own keys and values; they come from the nearest level that holds
-those of the moment. Bytes cross the level that they come from and all nearer ones.
+once, so by the time one is wanted again the others have displaced it from a cache that does not
+hold them all: they come from the nearest level that does. That is not the whole truth where they
+are only a few times what the last cache holds, which then keeps some of them; a bandwidth read
+from as large a buffer (`memory_bandwidth`) has as much kept, and is the roof to use. *Near* bytes
+are what the step itself made, activations and its own keys and values; they come from the nearest
+level that holds those of the moment. Bytes cross the level that they come from and all nearer ones.
+
+The bound is strict for the program. One moment may seem a little faster than its limit where a
+prefetcher has fetched its first lines during the moment before.
 """
 
 from __future__ import annotations
@@ -49,8 +54,8 @@ class Limits:
         self, roofs: Roofs, program: Program, num_threads: int,
         memory_bandwidth: float | None = None,
     ) -> None:  # fmt: skip
-        """`memory_bandwidth`: bytes a second that were read from memory during the run itself,
-        where that is known; the machine may have been busier than when its roofs were measured.
+        """`memory_bandwidth`: bytes a second that were read within the run itself, from a buffer as
+        large as the program's weights, where that is known; without it the roofs' serve.
         """
         self._program, self._num_threads = program, num_threads
         self._rates = {

@@ -111,7 +111,7 @@ def make_profile(
     totals: dict[str, dict[str, float]] = {}
     for name, views in phases.items():
         turn, view = turns[middle[name]], views[middle[name]]
-        limits = Limits(roofs, program, threads, memory_bandwidth=statistics.mean(turn.bandwidths))
+        limits = Limits(roofs, program, threads, memory_bandwidth=max(turn.bandwidths))
         hertz = turn.calibration.core_hertz
         rows = _moments(program, name, views, view, limits, hertz)
         moments += rows

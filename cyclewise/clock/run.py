@@ -65,7 +65,9 @@ class Turn:
     counts: tuple[Counts, ...]
     """What the processor counted on each thread; empty where it does not."""
     bandwidths: tuple[float, float]
-    """Bytes a second read from memory, right before and right after."""
+    """Bytes a second read from memory, right before and right after, from as large a buffer as the
+    weights: what the caches keep of one they keep of the other.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ class ClockedRun:
 
     def _turn(self, settings: Settings, text: str, stamps: Stamps) -> Turn:
         machine = self.model.machine
-        bandwidth_before = machine.read_bandwidth(PROBE_SECONDS)
+        weight_bytes = self.model.bytes_per_token
+        bandwidth_before = machine.read_bandwidth(PROBE_SECONDS, weight_bytes)
         before = self.counter.calibrate(machine.threads)
         machine.settle()
         stamps.clear()
@@ -220,7 +223,7 @@ class ClockedRun:
         pairs = zip(self._groups, counted, strict=True)
         counts = tuple(group.read().since(earlier) for group, earlier in pairs)
         after = self.counter.calibrate(machine.threads)
-        bandwidth_after = machine.read_bandwidth(PROBE_SECONDS)
+        bandwidth_after = machine.read_bandwidth(PROBE_SECONDS, weight_bytes)
         return Turn(
             Phase(
                 "prefill", ticks[:first], shapes[:first],

@@ -49,6 +49,8 @@ MAX_SCHEDULES = 64
 """Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28
 """The buffer that `read_bandwidth` reads."""
+LEAST_PROBE_BYTES = 1 << 24
+"""Less is read too fast for the call not to count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,8 @@ class Machine:
         ):
             self._batch[BATCH.index(name)] = array.ctypes.data
         self._stamps: Stamps | None = None
-        self._probe: Probe | None = None
+        self._probes: dict[int, Probe] = {}
+        self._probe_memory: NDArray[np.uint8] | None = None
         self._threads = Threads(num_threads, len(program.moments))
         # Also when the machine is forgotten: a helper must not outlive what it writes to.
         self._end = weakref.finalize(self, self._threads.close)
@@ -183,18 +186,23 @@ class Machine:
             stamps.note(shape, before, time.perf_counter_ns())
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
-    def read_bandwidth(self, seconds: float = 0.3) -> float:
+    def read_bandwidth(self, seconds: float = 0.3, num_bytes: int = PROBE_BYTES) -> float:
         """Bytes a second that this machine's threads read from memory, each its own part: the
         best pass.
 
-        The buffer is far larger than the caches; no pass writes to it. What a machine shared with
-        others can read drifts: this is for the time around it alone.
+        The buffer is far larger than the caches, or as large as what it is to be compared with, if
+        that is smaller: from pass to pass a cache keeps some of a buffer that is not much larger.
+        No pass writes to it. What a machine shared with others can read drifts: this is for the
+        time around it alone.
         """
         from cyclewise.machine.probe import memory_probe, touched
 
-        if self._probe is None:
-            self._probe = memory_probe(self._threads, touched(PROBE_BYTES))
-        return self._probe.best(seconds)
+        if self._probe_memory is None:
+            self._probe_memory = touched(PROBE_BYTES)
+        size = min(max(num_bytes, LEAST_PROBE_BYTES), PROBE_BYTES)
+        if size not in self._probes:
+            self._probes[size] = memory_probe(self._threads, self._probe_memory[:size])
+        return self._probes[size].best(seconds)
 
     def _check(
         self,

@@ -197,6 +197,8 @@ def test_reading_bandwidth_leaves_the_machine_as_it_was(machine, monkeypatch):
     monkeypatch.setattr("cyclewise.machine.machine.PROBE_BYTES", 1 << 22)
     want = logits(machine)
     assert machine.read_bandwidth(0.01) > 1e6
+    monkeypatch.setattr("cyclewise.machine.machine.LEAST_PROBE_BYTES", 1 << 20)
+    assert machine.read_bandwidth(0.01, 1) > 1e6
     np.testing.assert_array_equal(logits(machine), want)
 
 
