@@ -163,8 +163,9 @@ def fma(left: Floats, right: Floats, addend: Floats, *, fused: bool = True) -> F
 
 
 def silu(x: NDArray[Any]) -> Doubles:
-    x = np.asarray(x, np.float64)
-    return np.asarray(x / (1 + np.exp(np.minimum(-x, 700))), np.float64)
+    x = np.asanyarray(x, np.float64)
+    with np.errstate(over="ignore"):  # the quotient is 0 then
+        return np.asanyarray(x / (1 + np.exp(-x)), np.float64)
 
 
 def to_half(x: Floats) -> NDArray[np.float16]:
@@ -188,20 +189,23 @@ class Activations:
         return self.scale * sums
 
     def pack(self) -> Bytes:
-        """The 48 bytes of each group as kernels read them, in one dimension.
+        """The 60 bytes of each group as kernels read them, in one dimension.
 
         From four tokens on, a group of four tokens lies side by side; tokens that lack are zero.
         """
         sums = self.codes.sum(axis=2)
         halves = self.codes.reshape(*sums.shape, 2, 16).sum(axis=3)
+        lanes = self.codes.reshape(*sums.shape, 2, 4, 2, 2).sum(axis=(3, 5))  # (.., half, lane)
         parts = [
             self.codes.astype(np.int8).view(np.uint8),
             self.scale[..., None].view(np.uint8),
             self.scaled_sum[..., None].view(np.uint8),
             (sums[..., None] * -8).astype(np.int32).view(np.uint8),
             (halves * -8).astype(np.int16).view(np.uint8),
+            (lanes.sum(axis=2) * -16).astype(np.int16).view(np.uint8),
+            (lanes.reshape(*sums.shape, 4) * -32).astype(np.int16).view(np.uint8),
         ]
-        groups = np.concatenate(parts, axis=2)  # (tokens, groups, 48)
+        groups = np.concatenate(parts, axis=2)  # (tokens, groups, 60)
         if len(groups) < 4:
             return groups.reshape(-1)
         whole = np.concatenate([groups, np.zeros_like(groups[: -len(groups) % 4])])
@@ -260,9 +264,9 @@ def matmul(format_name: str, data: Bytes, x: Floats, *, fused: bool = True) -> F
 
 
 def rms_norm(x: NDArray[Any], weight: NDArray[Any], epsilon: float) -> Doubles:
-    x = np.asarray(x, np.float64)
+    x = np.asanyarray(x, np.float64)
     mean = (x * x).mean(axis=-1, keepdims=True)
-    return np.asarray(x / np.sqrt(mean + epsilon) * weight, np.float64)
+    return np.asanyarray(x / np.sqrt(mean + epsilon) * weight, np.float64)
 
 
 def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = False) -> Floats:
@@ -281,7 +285,7 @@ def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = Fals
 
 def attend(queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]) -> Doubles:
     """One token: scaled queries (heads, dim) over keys and values (positions, kv_heads, dim)."""
-    queries, keys, values = (np.asarray(a, np.float64) for a in (queries, keys, values))
+    queries, keys, values = (np.asanyarray(a, np.float64) for a in (queries, keys, values))
     group = len(queries) // keys.shape[1]
     out = np.zeros((len(queries), values.shape[2]))
     for head in range(len(queries)):
@@ -319,13 +323,7 @@ class Transformer:
 
     def logits(self, token_ids: list[int]) -> Floats:
         """float32 (tokens, vocabulary)."""
-        frequencies = self.rope_base ** (-np.arange(0, self.rope_dim, 2) / self.rope_dim)
-        frequencies = frequencies / self.rope_scaling
-        if "rope_freqs.weight" in self.tensors:
-            frequencies = frequencies / self.tensors["rope_freqs.weight"]
-        angles = np.arange(len(token_ids))[:, None, None] * frequencies
-        cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-
+        cosines, sines = self.angles(np.arange(len(token_ids)))
         x = self.tensors["token_embd.weight"][token_ids]
         for layer in range(self.num_layers):
             name = f"blk.{layer}."
@@ -334,6 +332,15 @@ class Transformer:
         x = self._norm("output_norm", x)
         tied = "output.weight" not in self.tensors
         return self._linear("token_embd" if tied else "output", x)
+
+    def angles(self, positions: Integers) -> tuple[Floats, Floats]:
+        """RoPE's cosines and sines, (positions, 1, rope_dim / 2)."""
+        frequencies = self.rope_base ** (-np.arange(0, self.rope_dim, 2) / self.rope_dim)
+        frequencies = frequencies / self.rope_scaling
+        if "rope_freqs.weight" in self.tensors:
+            frequencies = frequencies / self.tensors["rope_freqs.weight"]
+        angles = positions[:, None, None] * frequencies
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
     def _norm(self, name: str, x: Floats) -> Floats:
         return rms_norm(x, self.tensors[name + ".weight"], self.epsilon).astype(np.float32)

@@ -9,7 +9,7 @@ Buffers, float32 unless said otherwise, one row a token:
 
     hidden     (tokens, hidden)             the residual stream
     normed     (tokens, hidden)             a norm's output
-    quantized  (tokens, groups, 48 bytes)   int8 activations (`kernels/dot.py`)
+    quantized  (tokens, groups, 60 bytes)   int8 activations (`kernels/dot.py`)
     qkv        (tokens, heads + 2 kv_heads, head_dim)
     attended   (tokens, heads, head_dim)
     gated      (tokens, feed-forward)

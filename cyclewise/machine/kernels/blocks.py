@@ -53,7 +53,7 @@ class BlockFormat:
     def sub_scale(
         self, emitter: Emitter, block: Value, group: Value | int, half: int, part: int
     ) -> Value:
-        """The scale of columns 16*half.. of a group, as int32 lanes."""
+        """The scale of columns 16*half.. of a group, as int8 lanes."""
         raise NotImplementedError
 
 
@@ -67,10 +67,10 @@ def _load_halves(emitter: Emitter, address: Value, part: int) -> Value:
     return emitter.half_to_float(emitter.load(address + part * lanes * 2, vector(I16, lanes)))
 
 
-def _load_bytes(emitter: Emitter, address: Value, part: int, how: str) -> Value:
+def _load_bytes(emitter: Emitter, address: Value, part: int) -> Value:
     lanes = emitter.target.lanes
     data = emitter.load(address + part * lanes, vector(I8, lanes))
-    return emitter.cast(data, vector(I32, lanes), how)
+    return emitter.cast(data, vector(I32, lanes), "zext")
 
 
 def _nibbles(emitter: Emitter, address: Value, step: int, part: int) -> Value:
@@ -166,7 +166,7 @@ class Q4_K(BlockFormat):
         bytes_at: int,
         half_at: int,
     ) -> Value:
-        small = _load_bytes(emitter, block + bytes_at + group * 16, part, "zext")
+        small = _load_bytes(emitter, block + bytes_at + group * 16, part)
         return _load_halves(emitter, block + half_at, part) * emitter.to_float(small)
 
     def scale(self, emitter: Emitter, block: Value, group: Value | int, part: int) -> Value:
@@ -206,7 +206,9 @@ class Q6_K(BlockFormat):
     def sub_scale(
         self, emitter: Emitter, block: Value, group: Value | int, half: int, part: int
     ) -> Value:
-        return _load_bytes(emitter, block + 32 + group * 32 + half * 16, part, "sext")
+        lanes = emitter.target.lanes
+        at = block + 32 + group * 32 + half * 16 + part * lanes
+        return emitter.load(at, vector(I8, lanes))
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {

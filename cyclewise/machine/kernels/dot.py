@@ -3,8 +3,9 @@
 `Dot(emitter, kind).group(...)` gives, for some tokens, the int32 sums over a group of 32 columns of
 `(code - zero_point) * activation`, exact in every target, one row a lane.
 
-An activation group of a token takes 48 bytes: 32 int8 codes (-127..127), float32 scale, float32
-scale*sum, int32 -8*sum, and two int16: -8 * the sum of each half.
+An activation group of a token takes 60 bytes: 32 int8 codes (-127..127), float32 scale, float32
+scale*sum, int32 -8*sum, and sums in int16: -8 * each half's; -16 * those of the columns whose place
+in a step is 0 or 1, and 2 or 3, which VPMADDUBSW adds up in a lane; -32 * the same of each half.
 
 A batch of at least QUAD tokens has them four by four: a quad's groups lie side by side, so that a
 kernel reaches four tokens from one address. Fewer tokens lie one after the other.
@@ -17,9 +18,16 @@ from collections.abc import Callable
 from cyclewise.machine.kernels.blocks import STEPS, BlockFormat
 from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
 
-ACTIVATION_GROUP = 48
+ACTIVATION_GROUP = 60
 QUAD = 4
-AT_SCALE, AT_SCALED_SUM, AT_SUM, AT_HALF_SUMS = 32, 36, 40, 44
+AT_SCALE, AT_SCALED_SUM, AT_SUM, AT_HALF_SUMS, AT_LANE_SUMS, AT_HALF_LANE_SUMS = (
+    32,
+    36,
+    40,
+    44,
+    48,
+    52,
+)
 
 
 class ActivationLayout:
@@ -42,9 +50,9 @@ class ActivationLayout:
 class Dot:
     """The dot products of one format on the emitter's target.
 
-    `codes(step, part)` gives int32 lanes of four codes each; `sub_scale(half, part)` the int32
-    scales of Q6_K. The parts of a tile's rows are taken step by step together, so that a register
-    of activations serves both at once.
+    `codes(step, part)` gives int32 lanes of four codes each; `sub_scale(half, part)` what
+    `factor` makes of the scales of Q6_K. The parts of a tile's rows are taken step by step
+    together, so that a register of activations serves them all.
     """
 
     def __init__(self, emitter: Emitter, kind: BlockFormat) -> None:
@@ -52,19 +60,31 @@ class Dot:
         self.kind = kind
         self.lanes = emitter.target.lanes
 
+    def factor(self, sub_scale: Value) -> Value:
+        """int8 scales as int32 lanes, ready for `group`; their low 16 bits are the scale. For
+        VPMADDWD they lie in both halves of a lane.
+        """
+        emitter, words = self.emitter, vector(I32, self.lanes)
+        if emitter.target.name != "avx2":
+            return emitter.cast(sub_scale, words, "sext")
+        twice = [lane for index in range(self.lanes) for lane in (index, index)]
+        pairs = emitter.shuffle(sub_scale, sub_scale, twice)
+        return emitter.bitcast(emitter.cast(pairs, vector(I16, 2 * self.lanes), "sext"), words)
+
     def group(
         self,
         codes: Callable[[int, int], Value],
         sub_scale: Callable[[int, int], Value] | None,
         activations: list[Value],
         num_parts: int = 1,
+        in_order: bool = False,
     ) -> list[list[Value]]:
         """int32 sums, for each part one vector a token; `activations` are the addresses of the
         tokens' groups.
         """
         target, parts = self.emitter.target.name, range(num_parts)
         if target == "avx2":
-            return self._avx2(codes, sub_scale, activations, parts)
+            return self._avx2(codes, sub_scale, activations, parts, in_order)
         write = self._avx512 if target == "avx512" else self._plain
 
         def of_part(part: int) -> list[Value]:
@@ -145,38 +165,37 @@ class Dot:
         sub_scale: Callable[[int, int], Value] | None,
         activations: list[Value],
         parts: range,
+        in_order: bool,
     ) -> list[list[Value]]:
         """VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into int32.
 
-        A step adds at most 2 * (2**bits - 1) * 127 to an int16: 8 steps of 4 bits, 4 of 5, 2 of
-        6. Codes of 8 bits would saturate at once: their sign moves to the activation, |code| <=
-        128 leaves 32,512.
+        An int16 holds the sum of 2 columns a step: 8 steps of (code - zero point) * activation for
+        4 and 5 bits, 4 steps for 6, and then only the whole sum must fit, not its parts: additions
+        wrap. So the zero point's share is where the sum begins. Codes of 8 bits fill an int16 at
+        once: their sign moves to the activation, |code| <= 128 leaves 32,512.
         """
         emitter, kind = self.emitter, self.kind
         shorts, as_bytes = vector(I16, 2 * self.lanes), vector(I8, 4 * self.lanes)
-        run = {4: 8, 5: 4, 6: 2, 8: 1}[kind.bits]
-        ones = emitter.constant(1, shorts)
+        run = {4: 8, 5: 8, 6: 4, 8: 1}[kind.bits]
+        at_start = {16: AT_LANE_SUMS, 32: AT_HALF_LANE_SUMS}.get(kind.zero_point)
+        signed = kind.bits == 8
         totals: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
-        if kind.zero_point and not sub_scale:
+        if kind.zero_point and not at_start:
             for i, address in enumerate(activations):
                 correction = self._correction(address, kind.zero_point)
                 for part in parts:
                     totals[part][i] = correction
-        pairs: list[list[Value]] = []
-        if sub_scale:
-            for part in parts:
-                scales = [sub_scale(0, part), sub_scale(1, part)]
-                pairs.append([emitter.bitcast((s & 0xFFFF) | (s << 16), shorts) for s in scales])
-                both = emitter.bitcast((scales[0] & 0xFFFF) | (scales[1] << 16), shorts)
-                shift = {32: 2}[kind.zero_point]
-                for i, address in enumerate(activations):
-                    sums = emitter.bitcast(self._words(address + AT_HALF_SUMS), shorts)
-                    totals[part][i] = self._vpmaddwd(both, sums) << shift
         for first in range(0, STEPS, run):
             partial: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
+            if at_start:
+                for i, address in enumerate(activations):
+                    start = self._words(address + at_start + first)
+                    for part in parts:
+                        partial[part][i] = emitter.bitcast(start, shorts)
             for step in range(first, first + run):
+                if in_order:
+                    emitter.keep_order()
                 words = [emitter.bitcast(codes(step, part), as_bytes) for part in parts]
-                signed = kind.bits == 8
                 magnitudes = [self._signed_by(word, word) for word in words] if signed else words
                 for i, address in enumerate(activations):
                     loaded = emitter.bitcast(self._words(address + 4 * step), as_bytes)
@@ -186,7 +205,9 @@ class Dot:
                         before = partial[part][i]
                         partial[part][i] = product if before is None else before + product
             for part in parts:
-                factor = pairs[part][first // 4] if sub_scale else ones
+                factor = emitter.constant(1, shorts)
+                if sub_scale:
+                    factor = emitter.bitcast(sub_scale(first // run, part), shorts)
                 for i, value in enumerate(partial[part]):
                     assert value is not None
                     wide, before = self._vpmaddwd(value, factor), totals[part][i]

@@ -280,6 +280,10 @@ class Emitter:
         arguments = [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))]
         self.builder.call(function, arguments)
 
+    def keep_order(self) -> None:
+        """Loads stay on their side of it: no instruction, only fewer registers at once."""
+        self.builder.fence("seq_cst", targetscope="singlethread")
+
     # Atomics, all of 64 bits
 
     def atomic_load(self, address: Value, type_: ir.IntType = I64) -> Value:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llvmlite import ir
+
 from cyclewise.machine.kernels.blocks import (
     BLOCK_FORMATS,
     FLOAT_FORMATS,
@@ -34,7 +36,7 @@ from cyclewise.machine.kernels.dot import (
     ActivationLayout,
     Dot,
 )
-from cyclewise.machine.kernels.lang import F32, I8, I32, Emitter, Value, Variable, vector
+from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
 
 UNPACK_FROM = 9
 """Tokens from which unpacking pays."""
@@ -117,15 +119,13 @@ class _BlockMatmul:
                     count = (rest < PANEL_GROUPS).select(rest, emitter.constant(PANEL_GROUPS))
                     block = weights + (first_group // kind.groups_per_block) * kind.block_bytes
                     emitter.call(unpack, block, count, scratch)
-                    for part in range(self.parts):
 
-                        def call_panel(size: int, first: Value, part: int = part) -> None:
-                            at = layout.token(first) + first_group * layout.group_stride
-                            to = sums + first * 64 + part * self.lanes * 4
-                            codes = scratch + part * count * self._panel_bytes
-                            emitter.call(panel[size], codes, count, at, *strides(size), to)
+                    def call_panel(size: int, first: Value) -> None:
+                        at = layout.token(first) + first_group * layout.group_stride
+                        to = sums + first * 64
+                        emitter.call(panel[size], scratch, count, at, *strides(size), to)
 
-                        _over_tokens(emitter, tokens, target.token_tiles, call_panel)
+                    _over_tokens(emitter, tokens, target.token_tiles, call_panel)
 
         def row(weights: Value, columns: Value, lane: Value, out: Value, scratch: Value) -> None:
             part, within = lane // self.lanes, lane % self.lanes
@@ -135,7 +135,7 @@ class _BlockMatmul:
                     unpack, weights + block * kind.block_bytes, emitter.constant(per_block), scratch
                 )
                 with emitter.range(0, per_block) as group:
-                    codes = scratch + (part * per_block + group) * self._panel_bytes
+                    codes = scratch + (group * self.parts + part) * self._panel_bytes
                     to = out + (block * per_block + group) * 128
                     self._row_group(codes, within, to)
 
@@ -152,29 +152,27 @@ class _BlockMatmul:
             wide = emitter.cast(code, vector(I32, 4), "sext" if kind.bits == 8 else "zext")
             value = emitter.cast(wide - kind.zero_point, quad, "sitofp")
             if kind.has_sub_scales:
-                half = emitter.broadcast(at + (STEPS + 1 + step // 4) * width, I32, 4)
-                value = value * emitter.to_float(half)
+                half = emitter.broadcast(at + (STEPS + 1 + step // 4) * width, I16, 4)
+                value = value * emitter.to_float(emitter.cast(half, vector(I32, 4), "sext"))
             value = value * scale
             if kind.has_minimum:
                 value = value + emitter.broadcast(at + (STEPS + 1) * width, F32, 4)
             emitter.store(out + step * 16, value)
 
-    def _accumulate(
-        self,
-        sums: list[Variable],
-        dots: list[Value],
-        x: list[Value],
-        scale: Value,
-        minimum: Value | None,
-    ) -> None:
+    def _factor(self, block: Value, index: Value | int, half: int, part: int) -> Value:
+        return self.dot.factor(self.kind.sub_scale(self.emitter, block, index, half, part))
+
+    def _added(
+        self, total: Value, dot: Value, x: Value, scale: Value, minimum: Value | None
+    ) -> Value:
+        """A group's part in a token's sums; `x` is the address of the token's group."""
         emitter, lanes = self.emitter, self.lanes
-        for total, dot, address in zip(sums, dots, x, strict=True):
-            x_scale = emitter.broadcast(address + AT_SCALE, F32, lanes)
-            value = emitter.fma(scale * x_scale, emitter.to_float(dot), total.get())
-            if minimum is not None:
-                scaled_sum = emitter.broadcast(address + AT_SCALED_SUM, F32, lanes)
-                value = emitter.fma(minimum, scaled_sum, value)
-            total.set(value)
+        x_scale = emitter.broadcast(x + AT_SCALE, F32, lanes)
+        value = emitter.fma(scale * x_scale, emitter.to_float(dot), total)
+        if minimum is not None:
+            scaled_sum = emitter.broadcast(x + AT_SCALED_SUM, F32, lanes)
+            value = emitter.fma(minimum, scaled_sum, value)
+        return value
 
     @staticmethod
     def _tokens(
@@ -198,16 +196,18 @@ class _BlockMatmul:
             at = self._tokens(tokens, x, column_group, group_stride, stride)
             dots = self.dot.group(
                 lambda step, part: kind.codes(emitter, block, index, step, part),
-                (lambda half, part: kind.sub_scale(emitter, block, index, half, part))
+                (lambda half, part: self._factor(block, index, half, part))
                 if kind.has_sub_scales
                 else None,
                 at,
                 self.parts,
+                tokens == 1,
             )
             for part in range(self.parts):
                 scale = kind.scale(emitter, block, index, part)
                 minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
-                self._accumulate(sums[part], dots[part], at, scale, minimum)
+                for total, dot, address in zip(sums[part], dots[part], at, strict=True):
+                    total.set(self._added(total.get(), dot, address, scale, minimum))
 
         self._over_groups(weights, groups, group)
         for part in range(self.parts):
@@ -242,18 +242,18 @@ class _BlockMatmul:
         return vectors * self.lanes * 4
 
     def _unpack(self, weights: Value, groups: Value, scratch: Value) -> None:
-        """Writes the groups of part 0 of the rows, then those of part 1."""
+        """Writes group after group, the parts of its rows side by side."""
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
             for part in range(self.parts):
-                to = scratch + (column_group + groups * part) * self._panel_bytes
+                to = scratch + (column_group * self.parts + part) * self._panel_bytes
                 found = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
                 found.append(kind.scale(emitter, block, index, part))
                 if kind.has_minimum:
                     found.append(kind.minimum(emitter, block, index, part))
                 if kind.has_sub_scales:
-                    found += [kind.sub_scale(emitter, block, index, half, part) for half in (0, 1)]
+                    found += [self._factor(block, index, half, part) for half in (0, 1)]
                 for i, value in enumerate(found):
                     emitter.store(to + i * width, value)
 
@@ -263,24 +263,44 @@ class _BlockMatmul:
         self, tokens: int, codes: Value, groups: Value, x: Value, group_stride: Value,
         stride: Value, out: Value,
     ) -> None:  # fmt: skip
+        """Where a tile has several parts, registers hold int16 sums of all of them, and the
+        float32 sums stay in memory.
+        """
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
         floats, words = vector(F32, self.lanes), vector(I32, self.lanes)
-        sums = [emitter.variable(emitter.load(out + i * 64, floats)) for i in range(tokens)]
+        places = [
+            [out + i * 64 + part * width for i in range(tokens)] for part in range(self.parts)
+        ]
+        sums = [emitter.variable(emitter.load(to, floats)) for to in places[0]]
         with emitter.range(0, groups) as group:
-            base = codes + group * self._panel_bytes
+            base = codes + group * (self.parts * self._panel_bytes)
             at = self._tokens(tokens, x, group, group_stride, stride)
+
+            def load(part: int, index: int, type_: ir.Type) -> Value:
+                return emitter.load(base + part * self._panel_bytes + index * width, type_)
+
             dots = self.dot.group(
-                lambda step, _: emitter.load(base + step * width, words),
-                (lambda half, _: emitter.load(base + (STEPS + 1 + half) * width, words))
+                lambda step, part: load(part, step, words),
+                (lambda half, part: load(part, STEPS + 1 + half, words))
                 if kind.has_sub_scales
                 else None,
                 at,
-            )[0]
-            scale = emitter.load(base + STEPS * width, floats)
-            minimum = emitter.load(base + (STEPS + 1) * width, floats) if kind.has_minimum else None
-            self._accumulate(sums, dots, at, scale, minimum)
-        for i in range(tokens):
-            emitter.store(out + i * 64, sums[i].get())
+                self.parts,
+            )
+            for part in range(self.parts):
+                scale = load(part, STEPS, floats)
+                minimum = load(part, STEPS + 1, floats) if kind.has_minimum else None
+                for i in range(tokens):
+                    in_register = self.parts == 1
+                    total = sums[i].get() if in_register else emitter.load(places[part][i], floats)
+                    value = self._added(total, dots[part][i], at[i], scale, minimum)
+                    if in_register:
+                        sums[i].set(value)
+                    else:
+                        emitter.store(places[part][i], value)
+        if self.parts == 1:
+            for total, to in zip(sums, places[0], strict=True):
+                emitter.store(to, total.get())
 
 
 class _FloatMatmul:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.dot import (
+    AT_HALF_LANE_SUMS,
     AT_HALF_SUMS,
+    AT_LANE_SUMS,
     AT_SCALE,
     AT_SCALED_SUM,
     AT_SUM,
@@ -96,18 +98,33 @@ def _quantize(
             scale = largest / 127.0
             zero = emitter.constant(0.0, F32)
             inverse = emitter.splat((largest > 0.0).select(127.0 / largest, zero), LANES)
-            sums = []
+            lane_sums = []
             for half in (0, 1):
                 codes = round_to_int(emitter, halves[half] * inverse)
                 emitter.store(to + 16 * half, emitter.cast(codes, vector(I8, LANES), "trunc"))
-                sums.append(emitter.sum(codes))
+                lane_sums.append(_lane_sums(emitter, codes))
+            sums = [pair[0] + pair[1] for pair in lane_sums]
             total = sums[0] + sums[1]
             emitter.store(to + AT_SCALE, scale)
             emitter.store(to + AT_SCALED_SUM, scale * emitter.cast(total, F32, "sitofp"))
             emitter.store(to + AT_SUM, total * -8)
-            for half in (0, 1):
-                small = emitter.cast(sums[half] * -8, I16, "trunc")
-                emitter.store(to + AT_HALF_SUMS + 2 * half, small)
+            for i in (0, 1):
+                whole = lane_sums[0][i] + lane_sums[1][i]
+                emitter.store(to + AT_HALF_SUMS + 2 * i, emitter.cast(sums[i] * -8, I16, "trunc"))
+                emitter.store(to + AT_LANE_SUMS + 2 * i, emitter.cast(whole * -16, I16, "trunc"))
+                for half in (0, 1):
+                    small = emitter.cast(lane_sums[half][i] * -32, I16, "trunc")
+                    emitter.store(to + AT_HALF_LANE_SUMS + 4 * half + 2 * i, small)
+
+
+def _lane_sums(emitter: Emitter, codes: Value) -> tuple[Value, Value]:
+    """Of 16 columns, the sums of those whose place among four is 0 or 1, and 2 or 3."""
+    while codes.type.count > 4:
+        lanes = codes.type.count // 2
+        low = emitter.shuffle(codes, codes, range(lanes))
+        codes = low + emitter.shuffle(codes, codes, range(lanes, 2 * lanes))
+    first, second, third, fourth = (emitter.extract(codes, lane) for lane in range(4))
+    return first + second, third + fourth
 
 
 def _rope(
