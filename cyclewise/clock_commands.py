@@ -30,7 +30,7 @@ Recalibrate = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (profile, diff, complexity):
+    for command in (profile, diff, complexity, validate):
         app.command()(command)
 
 
@@ -169,6 +169,38 @@ def complexity(
         )
     else:
         print_complexity(growth)
+
+
+def validate(
+    model: ModelName,
+    as_json: AsJson = False,
+    recalibrate: Recalibrate = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Compare what is predicted with what is measured.
+
+    The predictor knows this computer and programs of SmolLM2's shape. Here it meets prompts,
+    contexts, batches and numbers of threads that it has not seen, with any model.
+
+    \b
+      cyclewise validate smollm2
+    """
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.validate import print_validation, validate_model
+    from cyclewise.text.tokenizer import Tokenizer
+
+    machine = _machine_profile(recalibrate)
+    loaded = load(model, context, threads)
+    try:
+        tokenizer = Tokenizer.from_metadata(loaded.metadata)
+        validation = validate_model(loaded, tokenizer, machine, show_progress)
+    finally:
+        loaded.close()
+    if as_json:
+        print_json(validation.as_dict())
+    else:
+        print_validation(validation)
 
 
 def _machine_profile(recalibrate: bool) -> MachineProfile:

@@ -109,6 +109,10 @@ class ClockedRun:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the clock."""
         self.model.machine.clock(None)
         self._sink.close()
         close_groups(self._groups)

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -24,7 +24,6 @@ from llvmlite import binding
 
 from cyclewise.machine.kernels.lang import Emitter
 from cyclewise.machine.kernels.target import Target, host_target
-from cyclewise.machine.profile import load_tuning
 from cyclewise.paths import cache_dir
 
 
@@ -106,10 +105,14 @@ class Compiler:
         self._announced = 0
 
     @property
-    def _folder(self) -> Path:
+    def key(self) -> str:
+        """Changes with the kernels' sources, the LLVM version and the target."""
         versions = (_source_hash(), binding.llvm_version_info, self.target)
-        key = hashlib.sha256(repr(versions).encode()).hexdigest()[:20]
-        return cache_dir() / "kernels" / key
+        return hashlib.sha256(repr(versions).encode()).hexdigest()[:20]
+
+    @property
+    def _folder(self) -> Path:
+        return cache_dir() / "kernels" / self.key
 
     def load(self, units: Iterable[Unit]) -> None:
         """Makes the functions of `units` callable; those met before cost nothing."""
@@ -182,11 +185,8 @@ class Compiler:
 
 @cache
 def host_compiler() -> Compiler:
-    """The compiler of this process: one, so that every model shares its kernels. The sizes of its
-    register tiles are the machine profile's, where there is one.
-    """
-    target, tiles = host_target(), load_tuning().token_tiles
-    return Compiler(replace(target, token_tiles=tiles) if tiles else target)
+    """The compiler of this process: one, so that every model shares its kernels."""
+    return Compiler()
 
 
 def callable_at(address: int, num_arguments: int) -> Any:
