@@ -170,9 +170,9 @@ def calibrated(
     Kernels that were changed are measured again.
     """
     key = host_compiler().key
-    kept: dict[str, Any] = (
-        machine.predictor if machine.predictor.get("kernels") == key else {"kernels": key}
-    )
+    kept = machine.predictor
+    if kept.get("kernels") != key:
+        kept = {"kernels": key}
     names = [f"{num_threads}/others", *(f"{num_threads}/{name}" for name in formats)]
     missing = [name for name in names if not _is_sound(kept.get(name), name)]
     for i, name in enumerate(missing):
