@@ -53,7 +53,7 @@ Key = tuple[str, int]
 
 ROUNDS = 4
 """Turns of all probes."""
-EXTRA_SECONDS = 3.0
+EXTRA_SECONDS = 2.0
 """Most time for more turns of those that somebody seems to have disturbed."""
 PROBE_SECONDS, MEMORY_SECONDS = 0.04, 0.1
 """A probe's turn."""
@@ -208,14 +208,20 @@ def _prepare(
 
 
 def suspects(best: dict[Key, float], alone: Iterable[str], cores: int) -> list[Key]:
-    """Probes of what each core has alone in which a thread got less than in others: somebody was
-    in the way, on a virtual machine also where no process shows.
+    """Probes in which a thread got less than it must have got: somebody was in the way, on a
+    virtual machine also where no process shows.
+
+    Of what each core has alone a thread gets as much as in any company; of what is shared, as much
+    as in larger company.
     """
     found = []
-    for name in alone:
-        each = {key: value / key[1] for key, value in best.items() if key[0] == name}
-        most = max(each.values())
-        found += [key for key, value in each.items() if key[1] <= cores and value < 0.9 * most]
+    for key, value in best.items():
+        for other, theirs in best.items():
+            any_company = key[0] in alone and max(key[1], other[1]) <= cores
+            comparable = other[0] == key[0] and (any_company or other[1] > key[1])
+            if comparable and value / key[1] < 0.9 * theirs / other[1]:
+                found.append(key)
+                break
     return found
 
 

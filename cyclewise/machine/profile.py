@@ -19,7 +19,7 @@ from typing import Any
 from cyclewise.machine.host import available_cpus, cpu_name
 from cyclewise.paths import cache_dir
 
-VERSION = 1
+VERSION = 2
 _MAX_FILE_BYTES = 1 << 20
 _MAX_THREADS = 1 << 12
 
@@ -70,14 +70,16 @@ class Roofs:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The choices that measurements make; None leaves a default in place."""
+    """The choices that measurements make; what is left out stays at its default."""
 
     num_threads: int | None = None
     """Read by `machine.resolve_threads`."""
     prefill_chunk: int | None = None
     """Most tokens of a step. Read by `Machine`."""
-    token_tiles: tuple[int, ...] | None = None
-    """Tokens that a matrix kernel takes at once, largest first. Read by `host_compiler`."""
+    token_tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By weight format: tokens that its matrix kernel takes at once, largest first. Read by
+    `program.load_kernels`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +151,16 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def _fields(value: object, names: str) -> list[Any]:
-    if not isinstance(value, dict) or value.keys() != set(names.split()):
+def _dict(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise ValueError
-    return [value[name] for name in names.split()]
+    return value
+
+
+def _fields(value: object, names: str) -> list[Any]:
+    fields = _dict(value)
+    _require(fields.keys() == set(names.split()))
+    return [fields[name] for name in names.split()]
 
 
 def _list(value: object) -> list[Any]:
@@ -199,8 +207,8 @@ def _roofs(value: object) -> Roofs:
     )
     found = tuple(_level(level) for level in _list(levels))
     _require(bool(found) and found[-1].num_bytes == 0)
-    _require(isinstance(operations, dict) and {"dot", "fma"} <= operations.keys())
-    _require(isinstance(instructions, dict) and instructions.keys() == operations.keys())
+    _require({"dot", "fma"} <= _dict(operations).keys())
+    _require(_dict(instructions).keys() == operations.keys())
     return Roofs(
         core_hertz=_number(hertz, 1e7, 1e11),
         levels=found,
@@ -223,7 +231,7 @@ def _tuning(value: object, num_cpus: int) -> Tuning:
     return Tuning(
         None if threads is None else _integer(threads, 1, num_cpus),
         None if chunk is None else _integer(chunk, 1, 1 << 16),
-        None if tiles is None else _tiles(tiles),
+        {name: _tiles(sizes) for name, sizes in _dict(tiles).items()},
     )
 
 
@@ -231,9 +239,9 @@ def _profile(value: object) -> MachineProfile:
     cpu, target, num_cpus, roofs, tuning, predictor, date, version = _fields(
         value, "cpu target num_cpus roofs tuning predictor date version"
     )
-    _require(version == VERSION and isinstance(predictor, dict))
+    _require(version == VERSION)
     num_cpus = _integer(num_cpus, 1, _MAX_THREADS)
     return MachineProfile(
         _text(cpu), _text(target), num_cpus, _roofs(roofs), _tuning(tuning, num_cpus),
-        predictor, _text(date), VERSION,
+        _dict(predictor), _text(date), VERSION,
     )  # fmt: skip

@@ -48,17 +48,19 @@ from cyclewise.machine.kernels.layout import (
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.names import layer_of
 from cyclewise.machine.packing import Matrix, allocate
+from cyclewise.machine.profile import load_tuning
 
 
 def load_kernels(formats: Iterable[str]) -> None:
     """Compiles, or loads from the cache, every kernel that matrices of these formats need, in one
-    go.
+    go. The register tiles are the machine profile's, where there is one.
     """
     names = list(dict.fromkeys(formats))
+    tiles = load_tuning().token_tiles
     host_compiler().load(
         [
             *(pack.pack_unit(name) for name in names),
-            *(matmul.matmul_unit(name) for name in names),
+            *(matmul.matmul_unit(name, tiles.get(name)) for name in names),
             rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
         ]
     )  # fmt: skip

@@ -88,11 +88,12 @@ def test_what_was_disturbed_is_measured_again():
     best = {
         ("L1", 1): 10.0, ("L1", 2): 14.0, ("L1", 4): 20.0,
         ("dot", 1): 5.0, ("dot", 2): 20.0, ("dot", 4): 39.0,
-        ("memory", 1): 10.0, ("memory", 2): 10.0, ("memory", 4): 10.0,
+        ("memory", 1): 10.0, ("memory", 2): 10.0, ("memory", 4): 30.0,
     }  # fmt: skip
-    assert suspects(best, ["L1", "dot"], 2) == [("L1", 2), ("dot", 1)]
-    assert suspects(best, ["L1", "dot"], 4) == [("L1", 2), ("L1", 4), ("dot", 1)]
-    assert suspects(best, [], 4) == []
+    alone = ["L1", "dot"]
+    assert suspects(best, alone, 2) == [("L1", 2), ("dot", 1), ("memory", 2)]
+    assert suspects(best, alone, 4) == [("L1", 2), ("L1", 4), ("dot", 1), ("memory", 2)]
+    assert suspects({("memory", 1): 10.0, ("memory", 2): 10.0}, [], 4) == []
 
 
 @pytest.mark.parametrize(

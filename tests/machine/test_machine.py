@@ -8,9 +8,8 @@ import pytest
 from cyclewise.engine.engine import Engine
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.host import available_cpus
-from cyclewise.machine.kernels.compiler import host_compiler
+from cyclewise.machine.kernels.layout import LINEAR, LINEAR_PART
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
-from cyclewise.machine.kernels.target import host_target
 from cyclewise.machine.machine import Chunk, Machine, resolve_threads
 from cyclewise.machine.profile import Tuning
 from cyclewise.models import load_model
@@ -147,9 +146,7 @@ def tuned(monkeypatch):
     """Pretends that the machine profile made a choice."""
 
     def pretend(**choices):
-        for module in ("machine", "kernels.compiler"):
-            name = f"cyclewise.machine.{module}.load_tuning"
-            monkeypatch.setattr(name, lambda: Tuning(**choices))
+        monkeypatch.setattr("cyclewise.machine.machine.load_tuning", lambda: Tuning(**choices))
 
     return pretend
 
@@ -184,13 +181,20 @@ def test_the_profile_chooses_the_prefill_chunk(path, tuned):
     np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
-def test_the_profile_chooses_the_register_tiles(tuned):
-    tuned()
-    assert host_compiler.__wrapped__().target == host_target()
-    tuned(token_tiles=(2, 1))
-    compiler = host_compiler.__wrapped__()
-    assert compiler.target.token_tiles == (2, 1)
-    assert compiler.target.name == host_target().name
+def test_the_profile_chooses_the_register_tiles(tmp_path, monkeypatch):
+    tiny.write(tmp_path / "model.gguf", Tiny(format="Q8_0"))
+    found = []
+    for tiles in ({}, {"Q8_0": (2, 1)}):
+        monkeypatch.setattr(
+            "cyclewise.machine.program.load_tuning", lambda tiles=tiles: Tuning(token_tiles=tiles)
+        )
+        model = load_model(tmp_path / "model.gguf", threads=2)
+        output = model.program.moments[-1]
+        kernel = output.record[len(LINEAR) + LINEAR_PART.index("tile_kernel")]
+        found.append((kernel, logits(model.machine)))
+        model.close()
+    assert found[0][0] != found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
 
 
 def test_reading_bandwidth_leaves_the_machine_as_it_was(machine, monkeypatch):

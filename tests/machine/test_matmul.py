@@ -3,13 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cyclewise.machine.kernels.matmul import UNPACK_FROM
+from cyclewise.machine.kernels.blocks import ROWS
+from cyclewise.machine.kernels.compiler import Compiler, callable_at
+from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, UNPACK_FROM, matmul_unit
 from tests import naive
 from tests.machine.kernel_calls import (
     BLOCK_FORMATS,
     FLOAT_FORMATS,
     FORMATS,
     FUSED,
+    GUARD,
+    activations,
+    check_guard,
+    guarded,
     pack,
     random_rows,
     tile_sums,
@@ -43,6 +49,26 @@ def test_blocks_times_every_number_of_tokens(format_name, columns):
     data = random_rows(rng, format_name, 16, columns, 0.01)
     token_counts = TOKENS if columns == 1280 else (1, 3, 8, 9, 25)
     check(format_name, data, float_inputs(rng, max(token_counts), columns), token_counts)
+
+
+@pytest.mark.parametrize("tiles", [(2, 1), (12, 1)])
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q6_K"])
+def test_tiles_change_no_bit(format_name, tiles):
+    rng = np.random.default_rng(1)
+    columns = 1280
+    tile = pack(format_name, random_rows(rng, format_name, 16, columns, 0.01), columns)
+    x = float_inputs(rng, max(TOKENS), columns)
+    compiler = Compiler()
+    compiler.load([matmul_unit(format_name, tiles)])
+    other = callable_at(compiler.address(f"tile_{format_name}"), 7)
+    for count in TOKENS:
+        rows, stride = activations(format_name, x[:count])
+        sums, scratch = guarded(count * ROWS * 4), guarded(SCRATCH_BYTES)
+        addresses = [array.ctypes.data for array in (tile, rows, sums, scratch)]
+        other(addresses[0], columns, addresses[1], stride, count, *addresses[2:])
+        check_guard(sums)
+        got = sums[:-GUARD].view(np.float32).reshape(count, ROWS)
+        np.testing.assert_array_equal(got, tile_sums(format_name, tile, x[:count]))
 
 
 @pytest.mark.parametrize("columns", [32, 96, 1056])

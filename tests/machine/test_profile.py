@@ -39,8 +39,8 @@ def cache(tmp_path, monkeypatch):
 
 def profile(**changes):
     whole = MachineProfile(
-        cpu_name(), host_target().name, available_cpus(), ROOFS, Tuning(1, 256, (4, 2, 1)),
-        {"overhead": [1, 2.5]}, "2026-01-01",
+        cpu_name(), host_target().name, available_cpus(), ROOFS,
+        Tuning(1, 256, {"Q8_0": (4, 2, 1)}), {"overhead": [1, 2.5]}, "2026-01-01",
     )  # fmt: skip
     return replace(whole, **changes)
 
@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(cache):
     assert load_profile() is None and load_tuning() == Tuning()
     save_profile(profile())
     assert load_profile() == profile()
-    assert load_tuning() == Tuning(1, 256, (4, 2, 1))
+    assert load_tuning() == Tuning(1, 256, {"Q8_0": (4, 2, 1)})
     save_profile(profile(tuning=Tuning()))
     assert load_profile() == profile(tuning=Tuning())
     assert [path.suffix for path in (cache / "machine").iterdir()] == [".json"]
@@ -117,14 +117,15 @@ BAD = [
     (["tuning", "num_threads"], True),
     (["tuning", "prefill_chunk"], 0),
     (["tuning", "prefill_chunk"], 256.0),
-    (["tuning", "token_tiles"], []),
-    (["tuning", "token_tiles"], [4, 2]),
-    (["tuning", "token_tiles"], [2, 4, 1]),
-    (["tuning", "token_tiles"], [4, 4, 1]),
-    (["tuning", "token_tiles"], [6, 1]),
-    (["tuning", "token_tiles"], [3, 1]),
-    (["tuning", "token_tiles"], [1 << 20, 1]),
-    (["tuning", "token_tiles"], "421"),
+    (["tuning", "token_tiles"], [4, 2, 1]),
+    (["tuning", "token_tiles"], {"Q8_0": []}),
+    (["tuning", "token_tiles"], {"Q8_0": [4, 2]}),
+    (["tuning", "token_tiles"], {"Q8_0": [2, 4, 1]}),
+    (["tuning", "token_tiles"], {"Q8_0": [4, 4, 1]}),
+    (["tuning", "token_tiles"], {"Q8_0": [6, 1]}),
+    (["tuning", "token_tiles"], {"Q8_0": [3, 1]}),
+    (["tuning", "token_tiles"], {"Q8_0": [1 << 20, 1]}),
+    (["tuning", "token_tiles"], {"Q8_0": "421"}),
 ]
 
 

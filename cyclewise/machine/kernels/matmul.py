@@ -45,10 +45,17 @@ PANEL_GROUPS = 32
 SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 4) * 4 * ROWS
 
 
-def matmul_unit(name: str) -> Unit:
-    """The unit of one weight format: it exports `tile_<format>` and `row_<format>`."""
-    write = _FloatMatmul(name).write if name in FLOAT_FORMATS else _BlockMatmul(name).write
-    return Unit(f"matmul_{name}", write, (f"tile_{name}", f"row_{name}"))
+def matmul_unit(name: str, tiles: tuple[int, ...] | None = None) -> Unit:
+    """The unit of one weight format: it exports `tile_<format>` and `row_<format>`.
+
+    `tiles`: how many tokens meet unpacked weights of a quantized format at once, largest first,
+    where the target's own are not wanted; they change the speed and no bit of the results.
+    """
+    exports = (f"tile_{name}", f"row_{name}")
+    if name in FLOAT_FORMATS:
+        return Unit(f"matmul_{name}", _FloatMatmul(name).write, exports)
+    variant = "".join(f"_{tile}" for tile in tiles or ())
+    return Unit(f"matmul_{name}{variant}", _BlockMatmul(name, tiles).write, exports)
 
 
 def _over_tokens(
@@ -66,11 +73,13 @@ def _over_tokens(
 class _BlockMatmul:
     """Writes the unit of a quantized format."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tiles: tuple[int, ...] | None) -> None:
         self.kind: BlockFormat = BLOCK_FORMATS[name]
+        self.tiles = tiles
 
     def write(self, emitter: Emitter) -> None:
         kind, target = self.kind, emitter.target
+        tiles = self.tiles or target.token_tiles
         self.emitter, self.lanes, self.parts = emitter, target.lanes, ROWS // target.lanes
         self.dot = Dot(emitter, kind)
         direct_tiles = tuple(tile for tile in target.token_tiles if tile <= 4)
@@ -84,7 +93,7 @@ class _BlockMatmul:
             tile: emitter.function(
                 f"panel_{tile}", 6, lambda *a, tile=tile: self._panel(tile, *a), exported=False
             )
-            for tile in target.token_tiles
+            for tile in tiles
         }
         unpack = emitter.function("unpack", 3, self._unpack, exported=False)
 
@@ -125,7 +134,7 @@ class _BlockMatmul:
                         to = sums + first * 64
                         emitter.call(panel[size], scratch, count, at, *strides(size), to)
 
-                    _over_tokens(emitter, tokens, target.token_tiles, call_panel)
+                    _over_tokens(emitter, tokens, tiles, call_panel)
 
         def row(weights: Value, columns: Value, lane: Value, out: Value, scratch: Value) -> None:
             part, within = lane // self.lanes, lane % self.lanes
