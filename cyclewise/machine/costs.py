@@ -4,10 +4,11 @@
 clock divides what comes out by the machine's roofs.
 
 *Operations* are those of the model's arithmetic over its true rows and columns, not over the
-padding of a kernel: a multiply-add is two; an addition, multiplication, division, comparison,
-square root, rounding or exponential is one; a sum of n terms is n. Reading a format (unpacking
-codes, scaling groups, widening float16) is no operation but a kernel's way to the weight, and
-neither is a pair that the causal mask hides.
+padding of a kernel: a multiply-add is two; an addition, multiplication, division, maximum, square
+root, rounding, magnitude, negation or exponential is one; a sum of n terms is n. Reading a format
+(unpacking codes, scaling groups, widening float16) is no operation but a kernel's way to the
+weight; converting, clamping and guarding against zero are none either, nor is a pair that the
+causal mask hides.
 
 *Bytes* are those that must move: weights once a step, packed as they are streamed, with biases and
 the weights of norms; activations in and out once; keys and values that are written, and those

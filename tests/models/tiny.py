@@ -70,6 +70,13 @@ def _half(value: float) -> NDArray[np.uint8]:
 
 def write(path: Path, tiny: Tiny) -> naive.Transformer:
     """Writes the file; returns the model's twin."""
+    tensors = make_tensors(tiny)
+    write_file(path, tiny, tensors)
+    return twin(tiny, tensors)
+
+
+def make_tensors(tiny: Tiny) -> dict[str, Tensor]:
+    """The tensors of a file, by name."""
     rng = np.random.default_rng(tiny.seed)
     queries, keys = tiny.heads * tiny.head_dim, tiny.kv_heads * tiny.head_dim
     rope_dim = tiny.rope_dim or tiny.head_dim
@@ -103,9 +110,7 @@ def write(path: Path, tiny: Tiny) -> naive.Transformer:
         tensors["output.weight"] = matrix("output", tiny.vocab, tiny.hidden)
     if tiny.rope_factors:
         tensors["rope_freqs.weight"] = vector(rng.uniform(1, 8, rope_dim // 2))
-
-    write_file(path, tiny, tensors)
-    return twin(tiny, tensors)
+    return tensors
 
 
 def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor]) -> None:

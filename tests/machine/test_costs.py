@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from cyclewise.machine.costs import BatchShape, cost
+from cyclewise.machine.kernels.blocks import tile_bytes
+from cyclewise.machine.names import collapsed, layer_of
+from cyclewise.models import load_model
+from cyclewise.weights.formats import FORMATS
+from tests.counting import Chunk, CountingTransformer
+from tests.models import tiny
+from tests.models.tiny import Tiny
+
+MODELS = {
+    "tied": Tiny(),
+    "untied": Tiny(tied=False, kv_heads=4, layers=1),
+    "odd_sizes": Tiny(hidden=40, heads=2, kv_heads=1, head_dim=16, feed_forward=52, vocab=77),
+    "wide_heads": Tiny(hidden=48, heads=6, kv_heads=2, head_dim=24),
+    "some_biases": Tiny("qwen2", biases=("attn_q", "attn_k", "attn_v")),
+    "all_biases": Tiny(biases=("attn_q", "attn_k", "attn_v", "attn_output"), layers=3),
+    "half_rotated": Tiny(rope_dim=8),
+    "F16": Tiny(format="F16"),
+    "Q8_0": Tiny(format="Q8_0", vocab=90),
+    "Q4_1": Tiny(format="Q4_1", tied=False),
+    "mixed": Tiny(
+        "qwen2", format="Q4_K", hidden=256, heads=4, kv_heads=1, head_dim=64, feed_forward=256,
+        formats={"token_embd": "Q8_0", "attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_gate": "Q5_0"},
+        biases=("attn_q", "attn_k", "attn_v"), vocab=90,
+    ),
+    "float_layers": Tiny(
+        format="Q4_1", formats={"token_embd": "F16", "ffn_down": "F32", "attn_output": "BF16"}
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    """The program of a tiny model, and its counting twin."""
+    made = []
+
+    def make(model):
+        tensors = tiny.make_tensors(model)
+        tiny.write_file(tmp_path / "model.gguf", model, tensors)
+        made.append(load_model(tmp_path / "model.gguf", threads=1))
+        return made[-1].program, CountingTransformer(tiny.twin(model, tensors), tensors)
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def token_ids(model, count, seed=0):
+    return np.random.default_rng(seed).integers(0, model.vocab, count).tolist()
+
+
+def closed_forms(program, shape):
+    found = {}
+    for moment in program.moments:
+        each = asdict(cost(moment.form, shape))
+        unit = each.pop("unit")
+        assert unit == ("dot" if f"{moment.name}.quantize" in names(program) else "fma")
+        found[moment.name] = each
+    return found
+
+
+def names(program):
+    return [moment.name for moment in program.moments]
+
+
+def check(program, twin, chunks, positions, logit_rows):
+    """That the closed forms give what the twin counts while it computes; returns its logits."""
+    shape = BatchShape(
+        tuple((len(c.token_ids), at) for c, at in zip(chunks, positions, strict=True)),
+        len(logit_rows),
+    )
+    logits, book = twin.run(chunks, logit_rows)
+    counted = {name: asdict(count) for name, count in book.counts.items()}
+    given = closed_forms(program, shape)
+    assert list(counted) == [name for name in given if name in counted]
+    nothing = dict.fromkeys(("operations", "weight_bytes", "activation_bytes", "kv_bytes"), 0)
+    assert given == {name: counted.get(name, nothing) for name in given}
+    return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_closed_forms_are_what_the_twin_counts(loaded, name):
+    model = MODELS[name]
+    program, twin = loaded(model)
+    first, second = token_ids(model, 41), token_ids(model, 9, 1)
+    # A prompt in two parts, then decode at depth.
+    check(program, twin, [Chunk(0, first[:33])], [0], [])
+    check(program, twin, [Chunk(0, first[33:40])], [33], [6])
+    check(program, twin, [Chunk(0, first[40:])], [40], [0])
+    # A ragged batch: one sequence goes on, one begins, and logits of some rows are wanted.
+    check(program, twin, [Chunk(0, first[:3]), Chunk(1, second)], [41, 0], [0, 2, 7])
+
+
+@pytest.mark.parametrize("name", ["tied", "all_biases", "half_rotated", "Q4_1"])
+def test_what_counts_computes_the_model(loaded, name):
+    model = MODELS[name]
+    program, twin = loaded(model)
+    ids = token_ids(model, 12)
+    twin.twin.int8 = True
+    want = twin.twin.logits(ids)
+    first = check(program, twin, [Chunk(0, ids[:7])], [0], range(7))
+    then = check(program, twin, [Chunk(0, ids[7:])], [7], range(5))
+    np.testing.assert_allclose(np.concatenate([first, then]), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_packed_tile_takes_what_the_file_takes():
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
+        block = FORMATS[name]
+        assert tile_bytes(name, 256) == 16 * 256 // block.block_size * block.block_bytes
+
+
+def test_a_batch_of_two_sequences():
+    shape = BatchShape(((3, 10), (1, 0)), 2)
+    assert (shape.num_tokens, shape.num_keys, shape.num_earlier_keys) == (4, 14, 10)
+    assert shape.num_pairs == 11 + 12 + 13 + 1
+
+
+def test_a_prefix_of_the_layers(loaded):
+    program, _ = loaded(Tiny(layers=3))
+    assert program.num_layers == 3
+    assert program.prefix(3).moments == program.moments
+    one = program.prefix(1)
+    assert one.num_layers == 1
+    assert {layer_of(name) for name in names(one)} == {None, 0}
+    assert names(program.prefix(0)) == ["embed", "output.norm", "output"]
+    assert one.logits is program.logits and one.memory is program.memory
+
+
+def test_names_of_moments():
+    assert collapsed("layers.12.ffn.down") == "layers.*.ffn.down"
+    assert collapsed("output.norm") == "output.norm"
+    assert (layer_of("layers.12.ffn.down"), layer_of("embed")) == (12, None)
