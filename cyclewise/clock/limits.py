@@ -3,7 +3,7 @@
 The roofs come from `clock/roofs.py`, the forms from the program; `profile.py` sets the limits
 beside what was measured, and the predictor starts from them. A limit is a lower bound, so whatever
 may overlap is taken to: arithmetic with moving bytes, and the traffic of one level of the memory
-with that of another (the hierarchical roofline: Ilic et al., 2014).
+with that of another (the hierarchical roofline: Yang, Kurth and Williams, 2020).
 
     limit = max(operations / rate of their unit, for each level: bytes that cross it / bandwidth)
 
