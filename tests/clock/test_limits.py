@@ -11,6 +11,7 @@ from cyclewise.machine.costs import (
     cost,
     linear_form,
     norm_form,
+    quantize_form,
 )
 from cyclewise.machine.names import collapsed, layer_of
 from cyclewise.machine.profile import Level, Roofs
@@ -87,7 +88,7 @@ def test_a_prefix_of_the_layers_may_fit():
 
 def test_caches_add_up_over_threads():
     # Two threads have two first levels, of one kibibyte each, and one last.
-    form = norm_form(128)
+    form = quantize_form(256)
     bytes_ = cost(form, ONE_TOKEN).bytes
     assert 1 << 10 < bytes_ < 2 << 10
     assert limits(1, a=form).seconds(form, ONE_TOKEN).bytes_seconds == pytest.approx(bytes_ / 4e9)
