@@ -30,7 +30,7 @@ Recalibrate = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the program."""
-    for command in (profile, diff, complexity, validate):
+    for command in (profile, diff, complexity, whatif, validate):
         app.command()(command)
 
 
@@ -169,6 +169,78 @@ def complexity(
         )
     else:
         print_complexity(growth)
+
+
+def whatif(
+    model: ModelName,
+    change: Annotated[
+        list[str],
+        typer.Option(
+            "--change",
+            metavar="CHANGE",
+            help="q8_0, q4_0, kv-int8, threads=N, batch=N, prune-heads=X, prune-layers=N, "
+            "speculate, bandwidth=X (GB/s, or 2x), machine=FILE (or laptop, server, gpu, tpu). "
+            "Repeatable: each is asked by itself.",
+        ),
+    ],
+    prompt_tokens: PromptTokens = 512,
+    generate_tokens: GenerateTokens = 64,
+    batch: Batch = 1,
+    no_measure: Annotated[
+        bool,
+        typer.Option("--no-measure", help="Do not measure what can be: threads, batch, layers."),
+    ] = False,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            "--price-per-hour", metavar="P", min=0, help="Of the machine, for the cost of tokens."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    recalibrate: Recalibrate = False,
+    context: Context = None,
+    threads: Threads = None,
+) -> None:
+    """Predict what a change would bring, before anything is changed.
+
+    A change that can be made already is then measured; prediction and measurement go to a ledger.
+
+    \b
+      cyclewise whatif smollm2 --change q8_0 --change threads=1
+      cyclewise whatif smollm2 --change machine=server --price-per-hour 2.5
+    """
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.changes import parse_change
+    from cyclewise.clock.run import Settings
+    from cyclewise.clock.whatif import WhatIfs, print_whatif
+    from cyclewise.text.tokenizer import Tokenizer
+
+    changes = [parse_change(text) for text in change]
+    settings = Settings(prompt_tokens, generate_tokens, batch, 3)
+    machine = _machine_profile(recalibrate)
+    loaded = load(model, context, threads)
+    try:
+        asked = WhatIfs(loaded, settings, machine, show_progress)
+        tokenizer = Tokenizer.from_metadata(loaded.metadata)
+        answers = []
+        for each in changes:
+            answer = asked.ask(each)
+            if each.measurable and not no_measure:
+                answer = asked.measure(each, answer, tokenizer)
+            answers.append(answer)
+    finally:
+        loaded.close()
+        show_progress("")
+    if as_json:
+        print_json(
+            {
+                "schema": "cyclewise.whatif",
+                "schema_version": 1,
+                "whatif": [answer.as_dict(price_per_hour) for answer in answers],
+            }
+        )
+    else:
+        print_whatif(answers, price_per_hour)
 
 
 def validate(

@@ -53,6 +53,8 @@ class View:
     head_dim: int
     vocab_size: int
     prefill_chunk: int
+    kv_share: float = 1.0
+    """Bytes of the cache, of those that float16 takes."""
 
     @classmethod
     def of(cls, model: Model) -> View:
@@ -107,8 +109,12 @@ class Predictor:
     def step(self, view: View, shape: BatchShape) -> float:
         """Seconds from one step's start to the next one's."""
         inside = sum(self.moment(view, part, shape) for part in view.parts)
+        return inside + self.outside(view, shape)
+
+    def outside(self, view: View, shape: BatchShape) -> float:
+        """Seconds between the moments of one step and those of the next."""
         step, sequence, logit = self._others["host"]
-        return inside + step + shape.num_logits * (sequence + logit * view.vocab_size)
+        return step + shape.num_logits * (sequence + logit * view.vocab_size)
 
     def moment(self, view: View, part: Part, shape: BatchShape) -> float:
         """Seconds from a moment's start until it is over."""
@@ -144,7 +150,11 @@ class Predictor:
         blocks = attention_features(shape.chunks, view.num_heads, view.num_kv_heads, view.head_dim)
         tiles = len(blocks) * view.num_kv_heads
         work = float((blocks @ np.array(features)).sum()) * view.num_kv_heads
-        return float(gap) + work * -(-tiles // self._num_threads) / tiles
+        seconds = float(gap + work * -(-tiles // self._num_threads) / tiles)
+        key_bytes = 2 * 2 * view.num_kv_heads * view.head_dim
+        waiting = shape.num_keys * key_bytes / self._bandwidth
+        saved = (1 - view.kv_share) * min(1.0, waiting / seconds) ** OVERLAP
+        return float(seconds * (1 - saved))
 
     def _other(self, view: View, part: Part, kind: str, rows: int) -> float:
         costs = self._others

@@ -87,6 +87,7 @@ def profile_model(
     Raises InvalidParameterError, before anything runs, for settings that the model cannot take.
     """
     from cyclewise.clock.complexity import measure_growth_quickly
+    from cyclewise.clock.whatif import WhatIfs, advice, usual_questions
     from cyclewise.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_metadata(model.metadata)
@@ -94,6 +95,10 @@ def profile_model(
         turns = run.turns(settings, progress)
     profile = make_profile(model, model_name, turns, settings, machine.roofs)
     profile["growth"] = measure_growth_quickly(model, progress).as_list()
+    asked = WhatIfs(model, settings, machine, progress)
+    answers = [asked.ask(change) for change in usual_questions(model, settings)]
+    profile["whatif"] = [answer.as_dict() for answer in answers]
+    profile["advice"] = advice(answers)
     progress("")
     return profile, turns
 

@@ -21,6 +21,7 @@ from cyclewise.clock.roofs import thread_counts
 from cyclewise.clock.run import ClockedRun, Settings, Turn
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.machine import Machine
+from cyclewise.machine.profile import save_profile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ GRID = ((40, 1), (200, 1), (700, 1), (1100, 1), (96, 2), (300, 2), (150, 4), (50
 ANSWER_TOKENS = 12
 ROUNDS = 3
 PROBE_SECONDS = 0.1
+LEAST_BAND = 0.03
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -116,7 +118,8 @@ def validate_model(
     model: Model, tokenizer: Tokenizer, machine: MachineProfile,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Validation:  # fmt: skip
-    """Measures and predicts what of the grid fits into the model's context.
+    """Measures and predicts what of the grid fits into the model's context; how large nine in ten
+    of the errors are becomes the band of later predictions.
 
     Raises InvalidParameterError if nothing does.
     """
@@ -155,7 +158,7 @@ def validate_model(
             run.close()
             run.model.machine.close()
         progress("")
-    return Validation(
+    validation = Validation(
         model.path.name,
         tuple(
             _case(phase, setting, threads, pairs)
@@ -163,6 +166,9 @@ def validate_model(
             for (threads, setting), pairs in found.items()
         ),
     )
+    found_bands = [max(LEAST_BAND, abs(validation.errors(phase).p90)) for phase in PHASES]
+    save_profile(replace(machine, predictor={**machine.predictor, "bands": found_bands}))
+    return validation
 
 
 def _case(

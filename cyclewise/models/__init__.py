@@ -83,7 +83,7 @@ def load_model(
         weights = Weights(file, available_cpus())
         try:
             build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]
-            program = build(config, weights, num_threads)
+            program = build(config, weights, available_cpus())
         finally:
             weights.close()
         formats: dict[str, int] = {}
