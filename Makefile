@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench docs-figures clean
 
 demo: $(READY)
 	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
@@ -21,6 +21,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/cyclewise bench smollm2
+
+docs-figures: $(READY)
+	$(BIN)/python benchmarks/docs_figures.py
 
 clean:
 	rm -rf .venv

@@ -1,7 +1,7 @@
 """Draws the figures of `docs/clock.md` again, on this machine: `make docs-figures`.
 
 Runs the project's own commands and puts what they print between the document's marks,
-`<!-- figure: NAME -->` and `<!-- end -->`. The profile itself is kept in `results/`.
+`<!-- figure: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cyclewise.machine.names import collapsed
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "clock.md"
-RESULT = pathlib.Path(__file__).parent / "results" / "profile-smollm2.json"
 CLASSES = ("matmul", "activation", "memory", "host")
 
 
@@ -85,9 +84,7 @@ def balance(profile: dict[str, Any]) -> str:
     """Operations and bytes of both phases beside what the machine needs of them."""
     rows = []
     for phase, unit in (("decode", "a token"), ("prefill", "the prompt")):
-        matrices = [
-            m for m in profile["moments"] if m["phase"] == phase and m["class"] == "matmul"
-        ]
+        matrices = [m for m in profile["moments"] if m["phase"] == phase and m["class"] == "matmul"]
         operations = sum(m["operations"] for m in matrices)
         weights = sum(m["weight_bytes"] for m in matrices)
         bound = {m["bound"] for m in matrices if m["limit_cycles"]}
@@ -111,9 +108,7 @@ def classes(profile: dict[str, Any]) -> str:
     for kind in CLASSES:
         row = [kind]
         for phase in ("decode", "prefill"):
-            chosen = [
-                m for m in profile["moments"] if m["phase"] == phase and m["class"] == kind
-            ]
+            chosen = [m for m in profile["moments"] if m["phase"] == phase and m["class"] == kind]
             cycles = sum(m["cycles"] for m in chosen)
             limit = sum(m["limit_cycles"] or 0 for m in chosen)
             spent = cycles + sum(m["waiting_cycles"] for m in chosen)
@@ -146,13 +141,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         diagrams = pathlib.Path(folder) / "diagrams.md"
         printed = cyclewise("profile", "smollm2", "--json", "--mermaid", str(diagrams))
-        program, token = re.findall(r"```mermaid\n.*?```", diagrams.read_text(), re.DOTALL)
+        blocks = re.findall(r"```mermaid\n.*?```", diagrams.read_text(), re.DOTALL)
+    program, token, layer = blocks
     profile = json.loads(printed)
-    RESULT.write_text(json.dumps(profile, separators=(",", ":")) + "\n")
     command = "cyclewise profile smollm2"
     figures = {
         "program": drawn(program, f"{command} --mermaid diagrams.md"),
         "token": drawn(token, f"{command} --mermaid diagrams.md"),
+        "layer": drawn(layer, f"{command} --mermaid diagrams.md"),
         "report": drawn(report(profile), command),
         "accounts": drawn(accounts(profile), f"{command} --json"),
         "roofs": drawn(roofs(profile), f"{command} --json"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 _BAR = 16
-_ROWS = {"decode": 10, "prefill": 6}
+_ROWS = {"decode": 9, "prefill": 6}
 _STYLES = {"matmul": "blue", "activation": "green", "memory": "magenta", "host": "yellow"}
 
 
@@ -73,7 +73,7 @@ def print_profile(profile: dict[str, Any], console: Console | None = None) -> No
         f"{profile['unaccounted_fraction']:.2%}"
     )
     say(f"       {_outliers(profile['tokens'])}")
-    for line in wrap(" ".join(clock["notes"]), WIDTH - 7)[:3]:
+    for line in _first_notes(clock["notes"]):
         say(f"       {line}")
 
 
@@ -136,9 +136,20 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def _first_notes(notes: Iterable[str]) -> list[str]:
+    """Whole notes, as many as fit into three lines."""
+    lines: list[str] = []
+    for note in notes:
+        wrapped = wrap(note, WIDTH - 7)
+        if len(lines) + len(wrapped) > 3:
+            break
+        lines += wrapped
+    return lines
+
+
 def _held_out(law: dict[str, Any]) -> str:
     error = law["median_error"]
-    return "not tested" if error is None else f"within {error:.1%} of points held out"
+    return "not tested" if error is None else f"held-out error {error:.1%}"
 
 
 def _outliers(tokens: Iterable[dict[str, Any]]) -> str:

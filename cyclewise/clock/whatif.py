@@ -281,8 +281,8 @@ def advice(answers: Sequence[WhatIf]) -> list[dict[str, Any]]:
     """At most three changes that the project can make, the largest gain first."""
     sentences = {
         "threads": "run with --threads {value}: {gain:+.0%} tokens/s",
-        "batch": "decode {value} sequences in each step: {gain:+.0%} tokens/s in all, "
-        "{slower:.1f} x the time per token of each",
+        "batch": "decode {value} sequences in each step: {gain:+.0%} tokens/s, "
+        "each {slower:.1f} x slower",
     }
     found: list[tuple[float, dict[str, Any]]] = []
     for answer in answers:
