@@ -56,10 +56,12 @@ CLEARLY = 0.98
 
 def measure_tuning(progress: Callable[[str], None] = lambda _: None) -> Tuning:
     """Measures the candidates; takes seconds."""
-    tiles = {}
+    default, tiles = TILES[host_compiler().target.name][0], {}
     for name in BLOCK_FORMATS:
         progress(f"choosing the register tiles of {name}")
-        tiles[name] = measure_tiles(name)
+        best = measure_tiles(name)
+        if best != default:
+            tiles[name] = best
     progress("choosing the prefill chunk")
     most = available_cpus()
     whole = synthetic_program(most, "Q8_0", ffn_gate="Q4_1", ffn_up="Q4_1", ffn_down="Q4_1")
@@ -125,7 +127,7 @@ def measure_tiles(name: str) -> Tiles:
     compilers = {tiles: Compiler(target) for tiles in TILES[target.name]}
 
     def timed(tiles: Tiles) -> Callable[[], float]:
-        compilers[tiles].load([matmul_unit(name, tiles)])
+        compilers[tiles].load([matmul_unit(name, None if tiles == target.token_tiles else tiles)])
         kernel = callable_at(compilers[tiles].address(f"tile_{name}"), 7)
 
         def run() -> float:
