@@ -257,7 +257,10 @@ class Counter:
             "kernel": host_compiler().address("chain"), "moment": moment.ctypes.data,
             "num_tiles": CHAINS, "grain": CHAINS, "replicated": 1,
         }  # fmt: skip
-        threads.run(np.array([[entry[name] for name in SCHEDULE]], np.int64), contexts)
+        schedule = np.array([[entry[name] for name in SCHEDULE]], np.int64)
+        threads.settle()
+        self._in_use = found, contexts, moment, schedule  # also by a late helper, after Ctrl-C
+        threads.run(schedule, contexts)
         threads.settle()
         return found
 

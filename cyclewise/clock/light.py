@@ -61,6 +61,8 @@ class LightClock:
         stamps, rate = self._stamps, self._counter.ticks_per_second
         spent = stamps.spent() / rate
         for step, shape in enumerate(stamps.shapes):
+            if not shape.num_tokens:
+                continue
             prefill = any(count > 1 for count, _ in shape.chunks)
             sums = self._sums["prefill" if prefill else "decode"]
             sums.steps += 1

@@ -136,7 +136,8 @@ class Program:
 
     def prefix(self, num_layers: int) -> Program:
         """The program with its first layers alone, in the same memory: for measuring how cost grows
-        with layers. A machine of it and one of the whole must not step at once.
+        with layers. A machine of it and one of the whole must not step at once, and one must have
+        settled before the other steps.
         """
         assert 0 <= num_layers <= self.num_layers
         layers = [layer_of(moment.name) for moment in self.moments]

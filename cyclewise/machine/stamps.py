@@ -13,6 +13,9 @@ from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.kernels.loop import stamp_bytes
 from cyclewise.machine.packing import allocate
 
+NO_BATCH = BatchShape((), 0)
+"""Of a step that was interrupted."""
+
 
 class Stamps:
     """Room for the ticks of `capacity` steps of a program on a number of threads."""
@@ -30,7 +33,7 @@ class Stamps:
         words = self._memory[: capacity * self._step_bytes].view(np.int64)
         shape = (capacity, num_threads, thread_bytes // 16, 2)
         self._ticks = words.reshape(shape)[:, :, : num_moments + 1]
-        self._shapes: list[BatchShape] = []
+        self._shapes = [NO_BATCH] * capacity
         self._calls = np.zeros((capacity, 2), np.int64)
 
     @property
@@ -52,7 +55,7 @@ class Stamps:
     @property
     def shapes(self) -> tuple[BatchShape, ...]:
         """The batch of each step."""
-        return tuple(self._shapes)
+        return tuple(self._shapes[: self.count])
 
     @property
     def calls(self) -> NDArray[np.int64]:
@@ -64,7 +67,7 @@ class Stamps:
     def clear(self) -> None:
         """Forgets all steps. Only after `Machine.settle`: a late thread may still write."""
         self._ticks[: self.count] = 0
-        self._shapes.clear()
+        self._shapes[: self.count] = [NO_BATCH] * self.count
         self.count = 0
 
     def take(self) -> int:
@@ -78,7 +81,7 @@ class Stamps:
 
     def note(self, shape: BatchShape, before: int, after: int) -> None:
         """What the step was that took the last slot, and when it was called and returned."""
-        self._shapes.append(shape)
+        self._shapes[self.count - 1] = shape
         self._calls[self.count - 1] = before, after
 
 

@@ -54,12 +54,12 @@ class Threads:
             ("counters", self._counters.ctypes.data),
             ("num_threads", num_threads),
             ("waiters", self._shared.ctypes.data + WAITERS_AT),
-            ("execute", compiler.address("execute")),
         ):
             self._steps[:, STEP.index(name)] = value
         finished = self._shared[FINISHED_AT : FINISHED_AT + num_threads * LINE]
         self._finished = finished.view(np.int64).reshape(num_threads, -1)[1:, 0]
         self._epoch = 0
+        self._posted = self._shared[:8].view(np.int64)
         shared = self._shared
         self._shared_at = int(shared.ctypes.data)
         self._helpers = [
@@ -89,7 +89,7 @@ class Threads:
         """Whether every helper has left the last step, and with it all that it may read or
         write.
         """
-        return not self._epoch or bool((self._finished == self._epoch).all())
+        return not self._end.alive or bool((self._finished == self._posted[0]).all())
 
     def settle(self) -> None:
         """Waits until every helper has left the last step."""
@@ -114,14 +114,15 @@ class Threads:
             stamps: where the clocked loop writes its ticks; 0: the plain loop runs.
         """
         assert len(schedule) <= self._num_moments and len(contexts) == self.num_threads
-        self._epoch = (self._epoch + 1) & 0xFFFFFFFF
+        assert self._end.alive, "the threads were closed"
+        if self._posted[0] == self._epoch:  # not if Ctrl-C came before the last call
+            self._epoch = (self._epoch + 1) & 0xFFFFFFFF
         step = self._steps[self._epoch & 1]
         step[STEP.index("schedule")] = schedule.ctypes.data
         step[STEP.index("num_moments")] = len(schedule)
         step[STEP.index("threads")] = contexts.ctypes.data
         step[STEP.index("batch")] = batch
-        if stamps != step[STEP.index("stamps")]:
-            step[STEP.index("stamps")] = stamps
-            name = "execute_clocked" if stamps else "execute"
-            step[STEP.index("execute")] = host_compiler().address(name)
+        step[STEP.index("stamps")] = stamps
+        name = "execute_clocked" if stamps else "execute"
+        step[STEP.index("execute")] = host_compiler().address(name)
         self._step(self._shared_at, self._epoch)

@@ -6,6 +6,7 @@ import itertools
 import re
 import sys
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -309,3 +310,24 @@ def test_the_chain_is_a_chain(target):
     # What was added goes to memory before the second read, or it would be added after it.
     between_them = lines[start + BLOCK_ADDS : reads[3]]
     assert any(name == "movq" and operands.endswith(")") for name, operands in between_them)
+
+
+def test_what_helpers_read_outlives_their_last_step(opened, monkeypatch):
+    """The caller may be done before a helper that comes late has looked at the schedule."""
+    threads = Threads(2, 1)
+    run, settle = Threads.run, Threads.settle
+    lent = []
+
+    def watch(self, schedule, contexts):
+        lent.extend([weakref.ref(schedule), weakref.ref(contexts)])
+        run(self, schedule, contexts)
+
+    def still_there(self):
+        assert all(each() is not None for each in lent)
+        settle(self)
+
+    monkeypatch.setattr(Threads, "run", watch)
+    monkeypatch.setattr(Threads, "settle", still_there)
+    opened.calibrate(threads)
+    assert len(lent) == 2
+    threads.close()

@@ -276,3 +276,55 @@ def test_time_between_steps_is_outside_of_them(machine):
     assert now[0] <= first[0] <= first[-1] <= now[1] <= second[0] <= second[-1] <= now[2]
     inside = stamps.spent()[:, 0].sum(axis=(1, 2))
     assert (inside == [first[-1] - first[0], second[-1] - second[0]]).all()
+
+
+def test_an_interrupted_step_leaves_the_machine_sound(machine):
+    """Ctrl-C right before the call into compiled code: nobody waits, and nothing is lost."""
+    want = logits(machine)
+    stamps = stamps_for(machine, 12)
+    machine.clock(stamps)
+    threads, step = machine.threads, machine.threads._step
+
+    def interrupt(*arguments):
+        threads._step = step
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        threads._step = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            machine.step(IDS[:4], [Chunk(0, 4, 0, PAGES)], [])
+        machine.settle()
+    np.testing.assert_array_equal(logits(machine), want)
+    machine.settle()
+    assert [shape.num_tokens for shape in stamps.shapes] == [0, 0, 20] + [1] * 9
+    assert (stamps.ticks[:2] == 0).all() and (stamps.ticks[2:, 0] > 0).all()
+
+
+def test_what_the_next_step_runs_does_not_depend_on_an_interrupted_one(machine):
+    """The record of the step was written, stamps and all, when the interruption came."""
+    stamps = stamps_for(machine, 12)
+    machine.clock(stamps)
+    threads, step = machine.threads, machine.threads._step
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    threads._step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        machine.step(IDS[:4], [Chunk(0, 4, 0, PAGES)], [])
+    threads._step = step
+    machine.clock(None)
+    kept = stamps.ticks.copy()
+    for _ in range(3):
+        machine.step(IDS[:4], [Chunk(0, 4, 0, PAGES)], [])
+    machine.settle()
+    np.testing.assert_array_equal(stamps.ticks, kept)
+
+
+def test_closed_threads_have_settled(machine):
+    """A helper that was still on its way when its threads were closed leaves no epoch behind."""
+    machine.clock(stamps_for(machine, 4))
+    machine.step(IDS[:4], [Chunk(0, 4, 0, PAGES)], [])
+    machine.close()
+    machine.threads._finished[:] = 0
+    machine.clock(None)
