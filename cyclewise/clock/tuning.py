@@ -56,11 +56,16 @@ CLEARLY = 0.98
 
 def measure_tuning(progress: Callable[[str], None] = lambda _: None) -> Tuning:
     """Measures the candidates; takes seconds."""
-    default, tiles = TILES[host_compiler().target.name][0], {}
+    target, tiles = host_compiler().target, {}
+    progress("choosing the register tiles")
+    compilers = {sizes: Compiler(target) for sizes in TILES[target.name]}
+    for sizes, compiler in compilers.items():
+        asked = None if sizes == target.token_tiles else sizes
+        compiler.load([matmul_unit(name, asked) for name in BLOCK_FORMATS])
     for name in BLOCK_FORMATS:
         progress(f"choosing the register tiles of {name}")
-        best = measure_tiles(name)
-        if best != default:
+        best = best_tiles(name, compilers)
+        if best != target.token_tiles:
             tiles[name] = best
     progress("choosing the prefill chunk")
     most = available_cpus()
@@ -115,20 +120,17 @@ def choose(candidates: Mapping[C, Callable[[], float]], seconds: float) -> C:
     return names[best] if ratios[best] < CLEARLY else names[0]
 
 
-def measure_tiles(name: str) -> Tiles:
-    """The best tiles for the matrix kernel of a format, on this thread alone."""
+def best_tiles(name: str, compilers: Mapping[Tiles, Compiler]) -> Tiles:
+    """Whose matrix kernel of a format is the fastest, on this thread alone."""
     groups = KERNEL_COLUMNS // GROUP
     size = tile_bytes(name, KERNEL_COLUMNS)
     # What the bytes mean is nothing, but as scales they must be common numbers: others are slow.
     weights, x = allocate(KERNEL_TILES * size), allocate(KERNEL_TOKENS * groups * ACTIVATION_GROUP)
     weights[:], x[:] = 0x24, 0x24
     sums, scratch = allocate(KERNEL_TOKENS * ROWS * 4), allocate(SCRATCH_BYTES)
-    target = host_compiler().target
-    compilers = {tiles: Compiler(target) for tiles in TILES[target.name]}
 
-    def timed(tiles: Tiles) -> Callable[[], float]:
-        compilers[tiles].load([matmul_unit(name, None if tiles == target.token_tiles else tiles)])
-        kernel = callable_at(compilers[tiles].address(f"tile_{name}"), 7)
+    def timed(compiler: Compiler) -> Callable[[], float]:
+        kernel = callable_at(compiler.address(f"tile_{name}"), 7)
 
         def run() -> float:
             start = time.perf_counter()
@@ -142,7 +144,7 @@ def measure_tiles(name: str) -> Tiles:
         run()
         return run
 
-    return choose({tiles: timed(tiles) for tiles in compilers}, KERNEL_SECONDS)
+    return choose({tiles: timed(each) for tiles, each in compilers.items()}, KERNEL_SECONDS)
 
 
 def prefill_seconds(machine: Machine, num_tokens: int, chunk: int) -> float:

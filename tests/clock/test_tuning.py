@@ -9,7 +9,6 @@ from cyclewise.clock.tuning import (
     TILES,
     choose,
     decode_seconds,
-    measure_tiles,
     measure_tuning,
     prefill_seconds,
     thread_candidates,
@@ -59,10 +58,6 @@ def test_a_default_gives_way_only_to_what_is_clearly_better(monkeypatch, seconds
     assert choose({name: turns[name].__next__ for name in seconds}, 0.0) == chosen
 
 
-def test_tiles_are_measured(hasty):
-    assert measure_tiles("Q8_0") in TILES[host_target().name]
-
-
 def test_a_program_without_a_file_runs():
     program = synthetic_program(1, "Q8_0", ffn_gate="Q4_1")
     assert program.num_layers == 30
@@ -75,13 +70,14 @@ def test_a_program_without_a_file_runs():
 
 
 def test_the_choices_are_candidates(hasty, monkeypatch):
-    asked = []
+    best_tiles, asked = module.best_tiles, []
 
-    def tiles(name):
+    def tiles(name, compilers):
         asked.append(name)
+        assert best_tiles(name, compilers) in TILES[host_target().name]
         return (2, 1) if name == "Q8_0" else TILES[host_target().name][0]
 
-    monkeypatch.setattr(module, "measure_tiles", tiles)
+    monkeypatch.setattr(module, "best_tiles", tiles)
     found = measure_tuning()
     assert found.num_threads in thread_candidates(available_cpus())
     assert found.prefill_chunk in module.CHUNKS
