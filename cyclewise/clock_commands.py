@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ import typer
 from cyclewise.options import AsJson, Context, ModelName, Threads, load, print_json
 
 if TYPE_CHECKING:
+    from cyclewise.clock.run import Settings
     from cyclewise.machine.profile import MachineProfile
 
 PromptTokens = Annotated[
@@ -77,7 +79,7 @@ def profile(
             _require_writable(file)
     settings = Settings(prompt_tokens, generate_tokens, batch, repeats)
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context, threads)
+    loaded = load(model, context or _needed_context(settings), threads)
     try:
         result, turns = profile_model(loaded, model, settings, machine, show_progress)
     finally:
@@ -218,7 +220,8 @@ def whatif(
     changes = [parse_change(text) for text in change]
     settings = Settings(prompt_tokens, generate_tokens, batch, 3)
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context, threads)
+    largest = replace(settings, batch=max(batch, *(each.batch for each in changes)))
+    loaded = load(model, context or _needed_context(largest), threads)
     try:
         asked = WhatIfs(loaded, settings, machine, show_progress)
         tokenizer = Tokenizer.from_metadata(loaded.metadata)
@@ -273,6 +276,16 @@ def validate(
         print_json(validation.as_dict())
     else:
         print_validation(validation)
+
+
+def _needed_context(settings: Settings) -> int | None:
+    """Room for all sequences, where that is more than a model is given by itself."""
+    from cyclewise.machine.kernels.layout import PAGE_TOKENS
+    from cyclewise.models.config import DEFAULT_CONTEXT
+
+    longest = settings.prompt_tokens + settings.generate_tokens
+    needed = settings.batch * -(-longest // PAGE_TOKENS) * PAGE_TOKENS
+    return needed if needed > DEFAULT_CONTEXT else None
 
 
 def _machine_profile(recalibrate: bool) -> MachineProfile:

@@ -52,6 +52,8 @@ class Change:
     apply: Callable[[Case], Case]
     measurable: bool = False
     """The project can make it already, so it can be measured."""
+    batch: int = 1
+    """Sequences that it needs room for."""
 
 
 def parse_change(text: str) -> Change:
@@ -86,7 +88,7 @@ def parse_change(text: str) -> Change:
             return Change(
                 text, f"{count} sequences are decoded together",
                 lambda case: replace(case, settings=replace(case.settings, batch=count)),
-                measurable=True,
+                measurable=True, batch=count,
             )  # fmt: skip
         case "prune-heads":
             return _prune_heads(text, _number(text, value, 0.0, 1.0))
