@@ -11,7 +11,7 @@ leaves it as it was, to the bit.
 from __future__ import annotations
 
 from cyclewise.machine.kernels.compiler import Unit
-from cyclewise.machine.kernels.lang import F32, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import F32, I16, I32, Emitter, Value, Variable, vector
 from cyclewise.machine.kernels.layout import (
     ATTENTION,
     BATCH,
@@ -26,8 +26,10 @@ from cyclewise.machine.kernels.math import exp
 
 LANES = 16
 
-ROW_TILES = (6, 3, 1)
-"""Rows that meet keys or values at once: enough sums to hide a multiply-add's latency."""
+ROW_TILES = (6, 4, 3, 2, 1)
+"""Rows that meet keys or values at once, largest first."""
+SUMS = 12
+"""Vectors of sums at once: enough to hide a multiply-add's latency, and registers for them."""
 
 
 def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
@@ -78,10 +80,18 @@ def _attention(
 
         end = block.first_position + block.num_tokens
         with emitter.range(0, end, PAGE_TOKENS) as start:
-            page = load_int32(emitter, block.pages, start // PAGE_TOKENS) * m.page_bytes
+            following = start + PAGE_TOKENS
+            ahead = (following < end).select(following, start)
+            page, next_page = (
+                load_int32(emitter, block.pages, at // PAGE_TOKENS) * m.page_bytes
+                for at in (start, ahead)
+            )
             half_page = kv_head * PAGE_TOKENS * 2
-            _widen(emitter, m.keys + page + half_page * dim, keys, dim * PAGE_TOKENS)
-            _widen(emitter, m.values + page + half_page * padded, values, padded * PAGE_TOKENS)
+            to_next = next_page - page
+            source = m.keys + page + half_page * dim
+            _widen(emitter, source, keys, dim * PAGE_TOKENS, to_next)
+            source = m.values + page + half_page * padded
+            _widen(emitter, source, values, padded * PAGE_TOKENS, to_next)
 
             def score(count: int, row: Value) -> None:
                 _scores(
@@ -147,9 +157,12 @@ def _copy(emitter: Emitter, source: Value, to: Value, count: Value, factor: Valu
         emitter.store(to + at * 4, emitter.load(source + at * 4, F32) * factor)
 
 
-def _widen(emitter: Emitter, source: Value, to: Value, count: Value) -> None:
-    """float16 to float32; `count` is a multiple of 16."""
+def _widen(emitter: Emitter, source: Value, to: Value, count: Value, to_next: Value) -> None:
+    """float16 to float32; `count` is a multiple of 16. Asks for what lies `to_next` bytes on: the
+    next page, which no hardware can guess.
+    """
     with emitter.range(0, count, LANES) as at:
+        emitter.prefetch(source + to_next + at * 2)
         halves = emitter.load(source + at * 2, vector(I16, LANES))
         emitter.store(to + at * 4, emitter.half_to_float(halves))
 
@@ -160,22 +173,52 @@ def _scores(
     """out[row][key] = query[row] . key, a page of keys, one key a lane."""
     lanes = emitter.target.lanes
     vectors = PAGE_TOKENS // lanes
-    width = 2 if vectors > 2 else vectors
+    width = vectors if rows * vectors <= SUMS else min(2, vectors)
     floats = vector(F32, lanes)
     for part in range(0, vectors, width):
         zero = emitter.constant(0.0, floats)
         sums = [[emitter.variable(zero) for _ in range(width)] for _ in range(rows)]
         with emitter.range(0, dim) as at:
             base = keys + at * (PAGE_TOKENS * 4) + part * lanes * 4
-            found = [emitter.load(base + i * lanes * 4, floats) for i in range(width)]
-            for row in range(rows):
-                q = emitter.broadcast(queries + (dim * row + at) * 4, F32, lanes)
-                for i in range(width):
-                    sums[row][i].set(emitter.fma(q, found[i], sums[row][i].get()))
+            _multiply_add(
+                emitter, sums, base, [queries + (dim * row + at) * 4 for row in range(rows)]
+            )
         for row in range(rows):
             for i in range(width):
                 to = out + row * (PAGE_TOKENS * 4) + (part + i) * lanes * 4
                 emitter.store(to, sums[row][i].get())
+
+
+def _multiply_add(
+    emitter: Emitter, sums: list[list[Variable]], vectors: Value, scalars: list[Value]
+) -> None:
+    """sums[row][i] += scalars[row] * vectors[i], both read from memory: first whichever are fewer,
+    so that registers hold them.
+    """
+    lanes = emitter.target.lanes
+    rows, width = range(len(sums)), range(len(sums[0]))
+
+    def scalar(row: int) -> Value:
+        return emitter.broadcast(scalars[row], F32, lanes)
+
+    def found(i: int) -> Value:
+        return emitter.load(vectors + i * lanes * 4, vector(F32, lanes))
+
+    def add(row: int, i: int, left: Value, right: Value) -> None:
+        sums[row][i].set(emitter.fma(left, right, sums[row][i].get()))
+
+    if len(rows) < len(width):
+        held = [scalar(row) for row in rows]
+        for i in width:
+            right = found(i)
+            for row in rows:
+                add(row, i, held[row], right)
+    else:
+        held = [found(i) for i in width]
+        for row in rows:
+            left = scalar(row)
+            for i in width:
+                add(row, i, left, held[i])
 
 
 def _masked(emitter: Emitter, scores: Value, visible: Value) -> list[Value]:
@@ -214,13 +257,14 @@ def _weighted(
 ) -> None:
     """out[row] = factor[row] * out[row] + weights[row] . values, a page of values."""
     lanes = emitter.target.lanes
-    width = LANES // lanes
     floats = vector(F32, lanes)
-    with emitter.range(0, padded, LANES) as column:
+
+    def columns(first: Value, width: int) -> None:
+        """`width` vectors of columns from `first` on."""
         sums = []
         for row in range(rows):
             change = emitter.broadcast(factors + row * 4, F32, lanes)
-            at = out + (padded * row + column) * 4
+            at = out + (padded * row + first) * 4
             sums.append(
                 [
                     emitter.variable(emitter.load(at + i * lanes * 4, floats) * change)
@@ -228,16 +272,23 @@ def _weighted(
                 ]
             )
         with emitter.range(0, PAGE_TOKENS) as token:
-            base = values + (token * padded + column) * 4
-            found = [emitter.load(base + i * lanes * 4, floats) for i in range(width)]
-            for row in range(rows):
-                weight = emitter.broadcast(weights + (token + row * PAGE_TOKENS) * 4, F32, lanes)
-                for i in range(width):
-                    sums[row][i].set(emitter.fma(weight, found[i], sums[row][i].get()))
+            base = values + (token * padded + first) * 4
+            of_token = [weights + (token + row * PAGE_TOKENS) * 4 for row in range(rows)]
+            _multiply_add(emitter, sums, base, of_token)
         for row in range(rows):
             for i in range(width):
-                at = out + (padded * row + column) * 4 + i * lanes * 4
+                at = out + (padded * row + first) * 4 + i * lanes * 4
                 emitter.store(at, sums[row][i].get())
+
+    narrow = LANES // lanes
+    wide = 2 * narrow if rows * 2 * narrow <= SUMS else narrow
+    step = wide * lanes
+    whole = (padded // step) * step
+    with emitter.range(0, whole, step) as column:
+        columns(column, wide)
+    if wide > narrow:
+        with emitter.range(whole, padded, LANES) as column:
+            columns(column, narrow)
 
 
 def attention_unit() -> Unit:
