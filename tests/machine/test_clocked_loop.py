@@ -278,6 +278,37 @@ def test_time_between_steps_is_outside_of_them(machine):
     assert (inside == [first[-1] - first[0], second[-1] - second[0]]).all()
 
 
+def test_threads_that_come_late_stamp_their_own_step_alone(tmp_path, monkeypatch):
+    """Six threads, whatever cores there are: some sleep through steps, some leave in the middle."""
+    tiny.write(tmp_path / "model.gguf", MODEL)
+    monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 6)
+    monkeypatch.setattr("cyclewise.machine.host.available_cpus", lambda: 6)
+    machine = load_model(tmp_path / "model.gguf", threads=6).machine
+    assert machine.num_threads == 6
+    stamps = stamps_for(machine, 220)
+    machine.clock(stamps)
+    want = logits(machine)
+    for _ in range(19):
+        np.testing.assert_array_equal(logits(machine), want)
+    machine.settle()
+    ticks = stamps.ticks.reshape(stamps.count, 6, -1)
+    assert len(ticks) == 20 * 11
+    holes = np.diff((ticks > 0).astype(int), axis=2) > 0
+    assert not holes.any()
+    entries, exits = ticks[:, :, 0], ticks.max(axis=2)
+    assert (np.diff(np.maximum.accumulate(ticks, axis=2), axis=2) >= 0).all()
+    for thread in range(6):
+        (steps,) = np.nonzero(entries[:, thread])
+        assert (entries[steps[1:], thread] >= exits[steps[:-1], thread]).all()
+        later = steps[steps > 0]
+        assert (entries[later, thread] >= exits[later - 1, 0]).all()
+    stamps.clear()
+    machine.clock(None)
+    logits(machine)
+    machine.close()
+    assert not stamps._ticks.any()
+
+
 def test_an_interrupted_step_leaves_the_machine_sound(machine):
     """Ctrl-C right before the call into compiled code: nobody waits, and nothing is lost."""
     want = logits(machine)

@@ -49,6 +49,7 @@ def alive():
 
 def test_closing_ends_the_threads(path, monkeypatch):
     monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 3)
+    monkeypatch.setattr("cyclewise.machine.host.available_cpus", lambda: 3)
     before = alive()
     model = load_model(path, threads=3)
     assert len(alive() - before) == 2

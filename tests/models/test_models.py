@@ -146,6 +146,7 @@ def test_the_same_bits_for_every_batch(runner, name):
 @pytest.mark.parametrize("name", ["untied", "Q6_K"])
 def test_the_same_bits_for_every_number_of_threads(runner, name, monkeypatch):
     monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 3)
+    monkeypatch.setattr("cyclewise.machine.host.available_cpus", lambda: 3)
     model = (FLOAT_MODELS | BLOCK_MODELS)[name]
     ids = token_ids(model, 60)
     found = []
