@@ -46,6 +46,8 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512)
 MOST_COLD = 16
 """Up to so many tokens the weights come from memory in the measurement, as they do in decode."""
 NUM_LAYERS = 4
+_ONE_PASS = 0.001
+"""Seconds for which memory is read once."""
 DECODE_POSITION = 64
 CONTEXTS = (32, 256, 1000)
 BASE_FORMAT = "Q8_0"
@@ -57,6 +59,10 @@ FULL_FORMAT = "Q4_1"
 LARGE_BLOCKS = 256
 HOST_STEPS = 24
 KINDS = ("qkv", "output", "gate_up", "down", "head")
+
+ROUNDS = 3
+PASSES = 9
+"""Readings of memory whose median is taken for what is usual."""
 
 MATRIX_COSTS = ("fixed", "tile", "group", "bandwidth")
 ROW_KINDS = ("embed", "norm", "rope", "gate_up.quantize", "down.quantize")
@@ -115,7 +121,7 @@ class Bench:
         self.clear()
         bandwidths = []
         for _ in range(repeats):
-            bandwidths.append(self.machine.read_bandwidth(0.001) if cold else 0.0)
+            bandwidths.append(self.machine.read_bandwidth(_ONE_PASS) if cold else 0.0)
             self.machine.step(token_ids, chunks, ends)
         self.machine.settle()
         return self._measured(median(bandwidths))
@@ -137,6 +143,15 @@ class Bench:
         """Forgets the steps so far."""
         self.machine.settle()
         self._stamps.clear()
+
+
+def usual_bandwidth(machine: Machine, num_bytes: int) -> float:
+    """Bytes a second that a machine's threads read now from a buffer of about `num_bytes`: the
+    median of single passes, as `Bench.step` reads it too. The best of several, which is a roof, is
+    what several threads reach seldom.
+    """
+    machine.read_bandwidth(_ONE_PASS, num_bytes)  # makes the buffer
+    return median(machine.read_bandwidth(_ONE_PASS, num_bytes) for _ in range(PASSES))
 
 
 def kind_of(name: str) -> str:
@@ -199,15 +214,31 @@ def _is_sound(costs: object, name: str) -> bool:
 
 
 def measure_steps(program: Program, num_threads: int) -> list[Step]:
-    """A step of each of COUNTS."""
+    """A step of each of COUNTS, in ROUNDS: on a computer shared with others a second may be slow,
+    but rarely most of them.
+    """
     bench = Bench(program, num_threads)
+    found: list[list[Step]] = [[] for _ in COUNTS]
     try:
-        return [
-            bench.step(*batch_of(count), 9 if count <= MOST_COLD else 3, count <= MOST_COLD)
-            for count in COUNTS
-        ]
+        for _ in range(ROUNDS):
+            for count, steps in zip(COUNTS, found, strict=True):
+                cold = count <= MOST_COLD
+                steps.append(bench.step(*batch_of(count), 5 if cold else 1, cold))
     finally:
         bench.close()
+    return [_middle(steps) for steps in found]
+
+
+def _middle(steps: Sequence[Step]) -> Step:
+    """The medians of the same step, measured several times."""
+
+    def medians(times: Sequence[dict[str, float]]) -> dict[str, float]:
+        return {kind: median(each[kind] for each in times) for kind in times[0]}
+
+    return Step(
+        medians([step.moments for step in steps]), medians([step.work for step in steps]),
+        median(step.bandwidth for step in steps),
+    )  # fmt: skip
 
 
 def matrix_costs(format_name: str, num_threads: int) -> dict[str, list[float]]:

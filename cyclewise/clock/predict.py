@@ -72,6 +72,11 @@ class View:
         names = (matrix.format for part in self.parts for matrix in part.form.matrices)
         return tuple(dict.fromkeys(names))
 
+    @property
+    def weight_bytes(self) -> int:
+        """That a step streams."""
+        return sum(part.form.weight_bytes for part in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -129,21 +134,27 @@ class Predictor:
         return self._other(view, part, kind, rows)
 
     def _matrices(self, form: Form, rows: int) -> float:
-        fixed = seconds = waiting = 0.0
+        fixed = seconds = waiting = least = 0.0
         for matrix in form.matrices:
             costs = self._costs[matrix.format]
             tiles, groups = -(-matrix.rows // ROWS), matrix.columns / GROUP
             fixed = max(fixed, between(costs["fixed"], rows))
-            each = between(costs["tile"], rows) + groups * between(costs["group"], rows)
+            each, full = (
+                between(costs["tile"], count) + groups * between(costs["group"], count)
+                for count in (rows, COUNTS[-1])
+            )
             seconds += tiles / self._num_threads * each
+            least += tiles / self._num_threads * min(each, full * rows / COUNTS[-1])
             if rows <= MOST_COLD:
                 waiting += matrix.num_bytes / between(costs["bandwidth"], rows)
         if not waiting:
             return fixed + seconds
-        then = waiting / seconds
-        measured = form.weight_bytes / waiting
-        slower = measured / self._bandwidth - 1
-        return float(fixed + seconds * (1 + min(1.0, then) ** OVERLAP * slower))
+        # A full batch shares the unpacking: arithmetic alone takes more than its tokens' part.
+        share = min(1.0, waiting / seconds) ** OVERLAP
+        share = min(share, 1 - (least / seconds) ** OVERLAP)
+        slower = form.weight_bytes / waiting / self._bandwidth
+        scaled = (1 - share + share * slower**OVERLAP) ** (1 / OVERLAP)
+        return float(fixed + seconds * scaled)
 
     def _attention(self, view: View, shape: BatchShape) -> float:
         *features, gap = self._others["attend"]

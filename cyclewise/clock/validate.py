@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cyclewise.clock.calibrate import calibrated
+from cyclewise.clock.calibrate import calibrated, usual_bandwidth
 from cyclewise.clock.counter import open_counter
 from cyclewise.clock.predict import Predictor, Times, View
 from cyclewise.clock.roofs import thread_counts
@@ -34,7 +34,6 @@ GRID = ((40, 1), (200, 1), (700, 1), (1100, 1), (96, 2), (300, 2), (150, 4), (50
 """Prompt tokens and batch; the context of a decode begins with its prompt."""
 ANSWER_TOKENS = 12
 ROUNDS = 3
-PROBE_SECONDS = 0.1
 LEAST_BAND = 0.03
 
 Phase = Literal["prefill", "decode"]
@@ -148,7 +147,7 @@ def validate_model(
             progress(f"setting {turn + 1} of {ROUNDS * len(keys)}")
             threads, setting = keys[turn % len(keys)]
             run = runs[threads]
-            bandwidth = run.model.machine.read_bandwidth(PROBE_SECONDS)
+            bandwidth = usual_bandwidth(run.model.machine, view.weight_bytes)
             predictor = Predictor(predictors[threads], threads, bandwidth)
             (measured,) = run.turns(setting)
             pair = measured_times(measured), predictor.times(view, setting)

@@ -13,7 +13,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from cyclewise.clock import ledger
-from cyclewise.clock.calibrate import calibrated
+from cyclewise.clock.calibrate import calibrated, usual_bandwidth
 from cyclewise.clock.changes import ACCEPTED, Case, Change, parse_change
 from cyclewise.clock.limits import Limits
 from cyclewise.clock.machines import Hardware
@@ -23,6 +23,7 @@ from cyclewise.clock.validate import measured_times
 from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.machine import Machine
+from cyclewise.machine.profile import at_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,6 @@ BAND = 0.12
 """Of a prediction, until `cyclewise validate` has said how large nine in ten of its errors are."""
 ELSEWHERE_BAND = 0.5
 """Of a prediction for another machine: that it reaches the same share of its limits is assumed."""
-PROBE_SECONDS = 0.1
 LEAST_GAIN = 0.03
 MOST_ADVICE = 3
 
@@ -136,20 +136,27 @@ class WhatIfs:
         Raises InvalidParameterError if the model's context is too short for it.
         """
         from cyclewise.clock.counter import open_counter
+        from cyclewise.models import load_model
 
         changed = change.apply(self._case)
         self._progress(f"measuring {change.text}")
         num_layers = sum(part.name.endswith("ffn.down") for part in changed.view.parts)
-        program = self._model.program
-        if num_layers < self._model.config.num_layers:
+        model = self._model
+        if changed.threads > model.program.num_threads:
+            context = model.config.context_length
+            model = load_model(model.path, context=context, threads=changed.threads)
+        program = model.program
+        if num_layers < model.config.num_layers:
             program = program.prefix(num_layers)
         machine = Machine(program, changed.threads)
         try:
-            run = ClockedRun(replace(self._model, machine=machine), tokenizer, open_counter())
+            run = ClockedRun(replace(model, machine=machine), tokenizer, open_counter())
             turns = [measured_times(turn) for turn in run.turns(changed.settings)]
             run.close()
         finally:
             machine.close()
+            if model is not self._model:
+                model.close()
         self._progress("")
         times = Times(
             median(turn.first_token for turn in turns), median(turn.per_token for turn in turns)
@@ -179,16 +186,26 @@ class WhatIfs:
     def _bandwidth(self, case: Case) -> float:
         """Of so many threads, read now: once, so that before and after differ by the change."""
         if case.threads not in self._bandwidths:
-            machine = self._model.machine
-            if case.threads != machine.num_threads:
-                machine = Machine(self._model.program, case.threads)
-            self._bandwidths[case.threads] = machine.read_bandwidth(PROBE_SECONDS)
-            if machine is not self._model.machine:
-                machine.close()
+            self._bandwidths[case.threads] = self._read_bandwidth(case.threads)
         here = self._bandwidths[case.threads]
         if case.bandwidth is None:
             return here
         return case.bandwidth if case.bandwidth >= 1000 else here * case.bandwidth
+
+    def _read_bandwidth(self, num_threads: int) -> float:
+        model, num_bytes = self._model, self._case.view.weight_bytes
+        if num_threads == model.machine.num_threads:
+            return usual_bandwidth(model.machine, num_bytes)
+        if num_threads <= model.program.num_threads:
+            machine = Machine(model.program, num_threads)
+            try:
+                return usual_bandwidth(machine, num_bytes)
+            finally:
+                machine.close()
+        # The program has no buffers for so many threads.
+        memory = self._machine.roofs.levels[-1].bandwidth
+        usual = usual_bandwidth(model.machine, num_bytes)
+        return usual * at_threads(memory, num_threads) / at_threads(memory, self._case.threads)
 
     def _times(self, case: Case) -> tuple[Times, Times, Times]:
         """At the worst, as assumed, and at the best: they differ where a change assumes much."""
