@@ -5,9 +5,9 @@ moment, its layers together, and for their total, a law (`fit.py`) with the poin
 fitted to and those that were held out to judge it. The machine is driven without the engine: what
 grows is the program, not the scheduler. The layers are varied by running a prefix of the program.
 
-On a shared machine the speed changes while one measures. So the points of a variable are visited in
-rounds, in an order that is drawn anew each round, fitted and held-out ones alike, and a point is
-a low quantile of its visits.
+On a shared machine the speed changes while one measures, and others only ever add time. So the
+points of a variable are visited in rounds, in an order that is drawn anew each round, fitted and
+held-out ones alike, until more than one visit of each went undisturbed; the median of those counts.
 """
 
 from __future__ import annotations
@@ -62,8 +62,12 @@ DECODE_STEPS = 4
 """Steps of decode that count in a visit; one before them warms up."""
 VISIT_TOKENS = 256
 """Shorter prompts are run several times a visit, until they have about that many tokens."""
-QUANTILE = 0.25
-"""Of a point's samples: the others on a machine only ever add time."""
+RETRIES = 2
+"""Rounds more, for each that was asked for, in which points are visited whose samples disagree."""
+_WINDOW: dict[Phase, float] = {"prefill": 0.1, "decode": 0.3}
+"""A sample is undisturbed if it took at most so much longer than the quickest. Prefill computes and
+repeats closely; decode waits for memory, whose speed varies.
+"""
 SHORTEST, LONGEST = 64, 2048
 """Prompts, in tokens."""
 DEEPEST = 4095
@@ -107,6 +111,19 @@ class _Visited:
             return self.clocked.run(self.batches * (self.runs + 1))[1:]
         return np.stack([self.clocked.run(self.batches).sum(0) for _ in range(self.runs)])
 
+    @property
+    def undisturbed(self) -> Floats:
+        """(samples, groups + 1): cycles of the samples in which nobody else took the cores."""
+        samples = np.stack(self.samples)
+        total = samples[:, -1]
+        quick = total <= (1 + _WINDOW[self.phase]) * total.min()
+        return np.asarray(samples[quick])
+
+    @property
+    def agrees(self) -> bool:
+        """More than one visit's worth of samples went undisturbed."""
+        return len(self.undisturbed) > self.runs
+
 
 def measure_growth(
     model: Model,
@@ -127,7 +144,7 @@ def measure_growth(
     with _Measurement(model, progress) as measurement:
         for variable in variables:
             count = rounds if variable == "prompt_tokens" else CHEAPER * rounds
-            measurement.grow(variable, _values(variable, model), count)
+            measurement.grow(variable, _values(variable, model), count, RETRIES * count)
         return measurement.growth()
 
 
@@ -142,9 +159,9 @@ def measure_growth_quickly(model: Model, progress: Progress = lambda _: None) ->
         while prompts[-1] > 4 * QUICK_SHORTEST and sum(prompts) > tokens:
             prompts = _spread(QUICK_SHORTEST, int(prompts[-1] * 0.95), QUICK_POINTS)
         rounds = min(QUICK_ROUNDS, max(1, tokens // sum(prompts)))
-        measurement.grow("prompt_tokens", prompts, rounds, visit_tokens=1)
+        measurement.grow("prompt_tokens", prompts, rounds, retries=0, visit_tokens=1)
         contexts = _steps(SHORTEST, min(DEEPEST, context - 1), QUICK_POINTS)
-        measurement.grow("context", contexts, QUICK_ROUNDS)
+        measurement.grow("context", contexts, QUICK_ROUNDS, retries=0)
         return measurement.growth()
 
 
@@ -200,24 +217,35 @@ class _Measurement:
         variable: Variable,
         values: Sequence[int],
         rounds: int,
+        retries: int,
         visit_tokens: int = VISIT_TOKENS,
     ) -> None:
         """Measures one variable at these values, and fits its laws."""
+        name = variable.replace("_", " ")
         if len(values) < 2:
-            self._left_out.append(f"The {variable.replace('_', ' ')} cannot grow here.")
+            self._left_out.append(f"The {name} cannot grow here.")
             return
         points = self._points(variable, values, visit_tokens)
         for index in range(rounds):
-            self._progress(f"{variable.replace('_', ' ')}: round {index + 1} of {rounds}")
-            order = np.random.default_rng(index).permutation(len(points))
-            ticks, worth = {}, []
-            for at in order.tolist():
-                worth.append(self._calibrate().cycles_per_tick)
-                ticks[at] = points[at].visit()
-            for at, samples in ticks.items():
-                points[at].samples += list(samples * float(np.median(worth)))
+            self._progress(f"{name}: round {index + 1} of {rounds}")
+            self._round(points, index)
+        for index in range(retries):
+            unclear = [point for point in points if not point.agrees]
+            if not unclear:
+                break
+            self._progress(f"{name}: {len(unclear)} of {len(points)} points again")
+            self._round(unclear, rounds + index)
         for phase in ("prefill", "decode"):
             self._laws += self._fit(variable, [p for p in points if p.phase == phase])
+
+    def _round(self, points: Sequence[_Visited], seed: int) -> None:
+        """Visits each point once."""
+        visits, worth = [], []
+        for at in np.random.default_rng(seed).permutation(len(points)).tolist():
+            worth.append(self._calibrate().cycles_per_tick)
+            visits.append((points[at], points[at].visit()))
+        for point, ticks in visits:
+            point.samples += list(ticks * float(np.median(worth)))
 
     def _at(self, num_threads: int, num_layers: int) -> ClockedMachine:
         """The machine of so many threads on a prefix of so many layers."""
@@ -262,7 +290,7 @@ class _Measurement:
         if not points:
             return
         x = np.array([point.x for point in points])
-        samples = [np.quantile(point.samples, QUANTILE, axis=0) for point in points]
+        samples = [np.median(point.undisturbed, axis=0) for point in points]
         cycles = np.maximum(samples, 1)  # a moment may be shorter than a tick
         held_out = np.array([point.held_out for point in points])
         fitted = x[~held_out]

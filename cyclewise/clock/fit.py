@@ -29,8 +29,9 @@ NEGLIGIBLE = 1e-3
 """A relative error that is no reason to prefer a law."""
 OUTLIER = 10.0
 """A point missed by more than so many usual misses counts as one missed by that."""
-HUBER = 1.345
-"""Residuals beyond so many standard deviations weigh less (Huber, 1964)."""
+HUBER = 2.0
+"""Residuals beyond so many standard deviations weigh less: the square of Huber's weight (1964),
+so that what is far off hardly weighs at all."""
 REWEIGHTINGS = 8
 
 Floats = NDArray[np.float64]
@@ -145,7 +146,7 @@ def combined(laws: Sequence[Law], symbol: str = "n") -> Law:
     for law in laws:
         for term, coefficient in zip(law.terms, law.coefficients, strict=True):
             sums[term] = sums.get(term, 0.0) + coefficient
-    terms = sorted(sums, key=lambda term: (term.power, term.logs))
+    terms = sorted(sums, key=lambda term: (term.power < 0, term.power, term.logs))
     return Law(tuple(terms), tuple(sums[term] for term in terms), symbol)
 
 
@@ -208,7 +209,7 @@ def _robust(design: Floats) -> Floats:
     for _ in range(REWEIGHTINGS):
         residuals = np.abs(design @ _solve(design, weights[None])[0] - 1)
         width = HUBER * max(1.4826 * float(np.median(residuals)), NEGLIGIBLE)
-        weights = width / np.maximum(residuals, width)
+        weights = (width / np.maximum(residuals, width)) ** 2
     return weights
 
 
