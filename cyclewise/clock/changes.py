@@ -149,6 +149,8 @@ def _bandwidth(text: str, value: str) -> Change:
 
 def _with_matrices(part: Part, change: Callable[[MatrixShape], MatrixShape]) -> Part:
     """The part with other matrices, and the bytes that they have."""
+    if not part.form.matrices:
+        return part
     before = sum(matrix.num_bytes for matrix in part.form.matrices)
     matrices = tuple(change(matrix) for matrix in part.form.matrices)
     form = part.form
@@ -160,7 +162,7 @@ def _with_matrices(part: Part, change: Callable[[MatrixShape], MatrixShape]) -> 
             form,
             matrices=matrices,
             weight_bytes=form.weight_bytes - before + sum(m.num_bytes for m in matrices),
-            operations_per_row=form.operations_per_row * left // max(1, work),
+            operations_per_row=form.operations_per_row * left // work,
         ),
     )
 

@@ -60,7 +60,7 @@ def read_hardware(name: str) -> Hardware:
             f"there is no machine description {name!r}: give a JSON file, or one of "
             f"{', '.join(names())}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidParameterError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise InvalidParameterError(f"{path} does not describe a machine")
@@ -70,7 +70,7 @@ def read_hardware(name: str) -> Hardware:
     watts = values.get("watts")
     return Hardware(
         name=str(values.get("name", path.stem)),
-        cores=int(_positive(values, "cores", path)),
+        cores=math.ceil(_positive(values, "cores", path)),
         memory_bandwidth=_positive(values, "memory_bandwidth_bytes_per_second", path),
         operations={unit: _positive(rates, unit, path) for unit in ("dot", "fma")},
         watts=None if watts is None else _positive(values, "watts", path),
