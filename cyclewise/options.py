@@ -28,7 +28,10 @@ Context = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", metavar="N", help="Default: what is best here, or all CPUs.", show_default=False
+        "--threads",
+        metavar="N",
+        help="Default: what is best here, or all CPUs.",
+        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -25,6 +25,7 @@ from cyclewise.clock.run import Settings
 from cyclewise.clock.synthetic import SHAPE
 from cyclewise.machine.costs import BatchShape, Form
 from cyclewise.machine.kernels.blocks import GROUP, ROWS
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
 
 if TYPE_CHECKING:
     from cyclewise.models import Model
@@ -172,8 +173,7 @@ class Predictor:
         if kind.endswith("quantize"):
             narrow = between(costs["gate_up.quantize"], rows)
             wide = between(costs["down.quantize"], rows)
-            # A quantized form moves 48 bytes a group besides its float32.
-            width = part.form.bytes_per_row / (4 + 48 / GROUP)
+            width = part.form.bytes_per_row / (4 + ACTIVATION_GROUP / GROUP)
             slope = (wide - narrow) / (SHAPE.feed_forward - SHAPE.hidden_size)
             return max(0.0, narrow + slope * (width - SHAPE.hidden_size))
         if kind == "rope":
