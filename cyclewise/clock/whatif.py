@@ -23,7 +23,6 @@ from cyclewise.clock.validate import measured_times
 from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.machine import Machine
-from cyclewise.machine.profile import at_threads
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,27 +135,20 @@ class WhatIfs:
         Raises InvalidParameterError if the model's context is too short for it.
         """
         from cyclewise.clock.counter import open_counter
-        from cyclewise.models import load_model
 
         changed = change.apply(self._case)
         self._progress(f"measuring {change.text}")
         num_layers = sum(part.name.endswith("ffn.down") for part in changed.view.parts)
-        model = self._model
-        if changed.threads > model.program.num_threads:
-            context = model.config.context_length
-            model = load_model(model.path, context=context, threads=changed.threads)
-        program = model.program
-        if num_layers < model.config.num_layers:
+        program = self._model.program
+        if num_layers < self._model.config.num_layers:
             program = program.prefix(num_layers)
         machine = Machine(program, changed.threads)
         try:
-            run = ClockedRun(replace(model, machine=machine), tokenizer, open_counter())
-            turns = [measured_times(turn) for turn in run.turns(changed.settings)]
-            run.close()
+            clocked = replace(self._model, machine=machine)
+            with ClockedRun(clocked, tokenizer, open_counter()) as run:
+                turns = [measured_times(turn) for turn in run.turns(changed.settings)]
         finally:
             machine.close()
-            if model is not self._model:
-                model.close()
         self._progress("")
         times = Times(
             median(turn.first_token for turn in turns), median(turn.per_token for turn in turns)
@@ -196,16 +188,11 @@ class WhatIfs:
         model, num_bytes = self._model, self._case.view.weight_bytes
         if num_threads == model.machine.num_threads:
             return usual_bandwidth(model.machine, num_bytes)
-        if num_threads <= model.program.num_threads:
-            machine = Machine(model.program, num_threads)
-            try:
-                return usual_bandwidth(machine, num_bytes)
-            finally:
-                machine.close()
-        # The program has no buffers for so many threads.
-        memory = self._machine.roofs.levels[-1].bandwidth
-        usual = usual_bandwidth(model.machine, num_bytes)
-        return usual * at_threads(memory, num_threads) / at_threads(memory, self._case.threads)
+        machine = Machine(model.program, num_threads)
+        try:
+            return usual_bandwidth(machine, num_bytes)
+        finally:
+            machine.close()
 
     def _times(self, case: Case) -> tuple[Times, Times, Times]:
         """At the worst, as assumed, and at the best: they differ where a change assumes much."""
@@ -288,7 +275,7 @@ def expected_tokens(drafted: int, accepted: float) -> float:
 def usual_questions(model: Model, settings: Settings) -> list[Change]:
     """What a profile asks by itself."""
     threads = model.machine.num_threads
-    counts = [count for count in (threads // 2, 2 * threads) if 1 <= count <= available_cpus()]
+    counts = [count for count in (threads // 2, available_cpus()) if count not in (0, threads)]
     texts = [f"threads={count}" for count in counts]
     texts += [f"batch={4 * settings.batch}", "q4_0", "q8_0", "kv-int8", "speculate", "bandwidth=2x"]
     return [parse_change(text) for text in texts]
