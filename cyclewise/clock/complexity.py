@@ -12,6 +12,8 @@ held-out ones alike, until more than one visit of each went undisturbed; the med
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.bench.host import busy_seconds
 from cyclewise.clock.fit import (
     CONSTANT,
     GROWING,
@@ -183,6 +186,7 @@ class _Measurement:
         self._laws: list[MomentLaw] = []
         self._left_out: list[str] = []
         self._stack = ExitStack()
+        self._start, self._others_start = time.perf_counter(), _others_seconds()
         touch_cache(self._program, DEEPEST + 1)
 
     def __enter__(self) -> _Measurement:
@@ -198,7 +202,15 @@ class _Measurement:
             float(np.median(self._hertz)),
             self._counts_cycles,
             tuple(self._left_out),
+            self._others_cpu_share(),
         )
+
+    def _others_cpu_share(self) -> float | None:
+        others = _others_seconds()
+        if others is None or self._others_start is None:
+            return None
+        available = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return max(0.0, (others - self._others_start) / available)
 
     def _calibrate(self) -> Calibration:
         calibration = self._counter.calibrate(self._machine.threads)
@@ -303,6 +315,12 @@ class _Measurement:
             rows = zip(x.tolist(), y.tolist(), held_out.tolist(), strict=True)
             measured = tuple(Point(*row) for row in rows)
             yield MomentLaw(name, kind, points[0].phase, variable, law, measured, error)
+
+
+def _others_seconds() -> float | None:
+    """Processor time that was used by none of ours."""
+    busy = busy_seconds()
+    return None if busy is None else busy - time.process_time()
 
 
 def _law(variable: Variable, x: NDArray[np.int64], y: Floats) -> Law:

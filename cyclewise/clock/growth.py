@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from cyclewise.bench.report import NOISY
 from cyclewise.clock.fit import Law
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ class Growth:
     counts_cycles: bool
     """False: the source counts time only, and cycles are ticks."""
     left_out: tuple[str, ...] = ()
-    """Sentences: which variables cannot grow here, and why."""
+    """Sentences: which variables cannot grow here."""
+    others_cpu_share: float | None = None
+    """Of the whole machine, used by other processes meanwhile; None where that is not known."""
 
     def total(self, variable: Variable, phase: Phase) -> MomentLaw | None:
         """The law of all moments together."""
@@ -125,6 +128,11 @@ def print_complexity(growth: Growth, console: Console | None = None) -> None:
         console.print()
     for sentence in growth.left_out:
         console.print(sentence)
+    if growth.others_cpu_share is not None and growth.others_cpu_share > NOISY:
+        console.print(
+            f"Other processes used {growth.others_cpu_share:.0%} of this machine meanwhile: "
+            "measure again when it is quiet."
+        )
     hertz = f"{growth.core_hertz / 1e9:.2f} GHz"
     cycles = "cycles" if growth.counts_cycles else "ticks"
     headlines: tuple[tuple[Variable, Phase], ...] = (
