@@ -72,8 +72,11 @@ def leftovers(cache: Path) -> list[str]:
 
 def run_resolve(*models: str, **environment: str) -> subprocess.Popen[str]:
     """Another process that resolves the models, and prints a line for each."""
+    # A shell's background job ignores Ctrl-C, and its children inherit that.
     program = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cyclewise.errors import CyclewiseError
 from cyclewise.weights.sources import resolve
 for model in sys.argv[1:]:
