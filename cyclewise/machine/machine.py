@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import InvalidParameterError
-from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.layout import (
@@ -182,8 +181,7 @@ class Machine:
         contexts = self._contexts[int(replicated)]
         self._threads.run(schedule, contexts, self._batch.ctypes.data, slot)
         if stamps and slot:
-            shape = BatchShape(tuple((c.count, c.position) for c in chunks), num_logits)
-            stamps.note(shape, before, time.perf_counter_ns())
+            stamps.note(chunks, num_logits, before, time.perf_counter_ns())
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
     def read_bandwidth(self, seconds: float = 0.3, num_bytes: int = PROBE_BYTES) -> float:

@@ -6,6 +6,9 @@ slot of their own until all are taken. What the ticks mean in seconds and cycles
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +17,20 @@ from cyclewise.machine.kernels.loop import stamp_bytes
 from cyclewise.machine.packing import allocate
 
 NO_BATCH = BatchShape((), 0)
-"""Of a step that was interrupted."""
+
+
+class Chunk(Protocol):
+    """What stamps read of the machine's chunks."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def position(self) -> int: ...
+
+
+_Note = tuple[Sequence[Chunk], int, int, int]
+"""Chunks, rows of logits, when the step was called and when it returned."""
 
 
 class Stamps:
@@ -30,11 +46,13 @@ class Stamps:
         thread_bytes: int = stamp_bytes(num_moments)
         self._step_bytes = num_threads * thread_bytes
         self._memory = allocate(capacity * self._step_bytes)
+        self._address = int(self._memory.ctypes.data)
         words = self._memory[: capacity * self._step_bytes].view(np.int64)
         shape = (capacity, num_threads, thread_bytes // 16, 2)
         self._ticks = words.reshape(shape)[:, :, : num_moments + 1]
-        self._shapes = [NO_BATCH] * capacity
-        self._calls = np.zeros((capacity, 2), np.int64)
+        # What steps were is noted as it comes, and made sense of when it is read: in a step of
+        # decode the caches are cold, and each line of Python costs a microsecond.
+        self._notes: list[_Note | None] = [None] * capacity
 
     @property
     def ticks(self) -> NDArray[np.int64]:
@@ -54,20 +72,24 @@ class Stamps:
 
     @property
     def shapes(self) -> tuple[BatchShape, ...]:
-        """The batch of each step."""
-        return tuple(self._shapes[: self.count])
+        """The batch of each step; one without tokens, of a step that was interrupted."""
+        return tuple(
+            BatchShape(tuple((c.count, c.position) for c in note[0]), note[1]) if note else NO_BATCH
+            for note in self._notes[: self.count]
+        )
 
     @property
     def calls(self) -> NDArray[np.int64]:
         """(steps, 2): `time.perf_counter_ns` right before and right after the call into compiled
-        code, on the calling thread. A view.
+        code, on the calling thread.
         """
-        return self._calls[: self.count]
+        times = [note[2:] if note else (0, 0) for note in self._notes[: self.count]]
+        return np.array(times, np.int64).reshape(-1, 2)
 
     def clear(self) -> None:
         """Forgets all steps. Only after `Machine.settle`: a late thread may still write."""
         self._ticks[: self.count] = 0
-        self._shapes[: self.count] = [NO_BATCH] * self.count
+        self._notes[: self.count] = [None] * self.count
         self.count = 0
 
     def take(self) -> int:
@@ -77,12 +99,11 @@ class Stamps:
         if not wanted:
             return 0
         self.count += 1
-        return int(self._memory.ctypes.data) + (self.count - 1) * self._step_bytes
+        return self._address + (self.count - 1) * self._step_bytes
 
-    def note(self, shape: BatchShape, before: int, after: int) -> None:
+    def note(self, chunks: Sequence[Chunk], num_logits: int, before: int, after: int) -> None:
         """What the step was that took the last slot, and when it was called and returned."""
-        self._shapes[self.count - 1] = shape
-        self._calls[self.count - 1] = before, after
+        self._notes[self.count - 1] = chunks, num_logits, before, after
 
 
 def spent(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
