@@ -75,7 +75,7 @@ Costs = dict[str, dict[str, list[float]]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of a batch, as it was measured: medians over repeats."""
+    """A step of a batch, as it was measured: means over repeats, since a run is a sum of steps."""
 
     moments: dict[str, float]
     """Seconds from a moment's start until it was over, by kind, mean over the layers."""
@@ -128,8 +128,8 @@ class Bench:
 
     def _measured(self, bandwidth: float) -> Step:
         rate = self._counter.ticks_per_second
-        durations = np.median(np.diff(self._stamps.ticks[:, 0, :, 1], axis=1), axis=0) / rate
-        worked = np.median(self._stamps.spent()[:, :, :, 0].sum(axis=1), axis=0) / rate
+        durations = np.diff(self._stamps.ticks[:, 0, :, 1], axis=1).mean(axis=0) / rate
+        worked = self._stamps.spent()[:, :, :, 0].sum(axis=1).mean(axis=0) / rate
         return Step(_means(self._kinds, durations), _means(self._kinds, worked), bandwidth)
 
     def outside(self) -> float:
