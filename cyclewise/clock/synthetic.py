@@ -12,9 +12,10 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.builder import load_kernels
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.packing import Weights
-from cyclewise.machine.program import Program, load_kernels
+from cyclewise.machine.program import Program
 from cyclewise.models.config import Config
 from cyclewise.models.llama import build
 from cyclewise.weights.formats import FORMATS

@@ -1,6 +1,6 @@
 """What a moment costs in closed form: operations and bytes of a batch.
 
-`program.py` writes a `Form` beside each moment, in numbers that a batch's shape multiplies; the
+`builder.py` writes a `Form` beside each moment, in numbers that a batch's shape multiplies; the
 clock divides what comes out by the machine's roofs.
 
 *Operations* are those of the model's arithmetic over its true rows and columns, not over the

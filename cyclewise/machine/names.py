@@ -1,6 +1,6 @@
 """What a moment's name says: `layers.12.ffn.down` is the `ffn.down` of layer 12.
 
-`program.py` gives the names; whoever adds moments up, by layer or over all layers, reads them here.
+`builder.py` gives the names; whoever adds moments up, by layer or over all layers, reads them here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a file's tensors to packed weights in memory of our own.
 
 `weights/` gives bytes and formats, the pack kernels reorder them into tiles of 16 rows, and
-`program.py` gets a `Matrix`: an address and a shape. Pages of the file that were packed are let
+`builder.py` gets a `Matrix`: an address and a shape. Pages of the file that were packed are let
 go at once, so that the model is in memory only once. All cores pack.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cyclewise.errors import InvalidParameterError, ModelFileError
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
-from cyclewise.weights.gguf import GGUFFile, Tensor
+from cyclewise.weights.source import Source, SourceTensor
 
 _HUGE_PAGE = 2 * 1024 * 1024
 
@@ -73,19 +73,19 @@ class Matrix:
 
 
 class Weights:
-    """The packed weights of one file; they live as long as this object."""
+    """The packed weights of one source; they live as long as this object."""
 
-    def __init__(self, file: GGUFFile, num_threads: int) -> None:
-        self._file = file
+    def __init__(self, source: Source, num_threads: int) -> None:
+        self._source = source
         self._pool = ThreadPoolExecutor(num_threads)
         self._num_threads = num_threads
         self._memory: list[NDArray[np.float32]] = []
-        total = sum(_packed_bytes(tensor) for tensor in file.tensors.values())
+        total = sum(_packed_bytes(tensor) for tensor in source.tensors.values())
         self._arena = allocate(total)
         self._used = 0
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file.tensors
+        return name in self._source.tensors
 
     def matrix(
         self, name: str, shape: tuple[int, int], row_order: NDArray[np.int32] | None = None
@@ -121,8 +121,8 @@ class Weights:
         return matrices
 
     def _fill(self, matrix: Matrix, order: NDArray[np.int32]) -> None:
-        source = self._file.data(matrix.name)
-        row_bytes = self._file.tensors[matrix.name].nbytes // matrix.num_rows
+        source = self._source.data(matrix.name)
+        row_bytes = self._source.tensors[matrix.name].nbytes // matrix.num_rows
         pack = callable_at(host_compiler().address(f"pack_{matrix.format}"), 9)
         bounds = np.linspace(0, matrix.num_tiles, self._num_threads + 1).astype(int)
 
@@ -133,14 +133,14 @@ class Weights:
             )  # fmt: skip
 
         list(self._pool.map(run, bounds[:-1].tolist(), bounds[1:].tolist()))
-        self._file.release(matrix.name)
+        self._source.release(matrix.name)
 
     def vector(
         self, name: str, length: int, row_order: NDArray[np.int32] | None = None
     ) -> NDArray[np.float32]:
         """A one-dimensional tensor as float32, zero-padded to a multiple of 16."""
         tensor = self._tensor(name, (length,))
-        data = self._file.data(name)
+        data = self._source.data(name)
         match tensor.format.name:
             case "F32":
                 values = data.view(np.float32)
@@ -150,7 +150,7 @@ class Weights:
                 values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
             case other:
                 raise ModelFileError(
-                    f"{self._file.path}: tensor {name} is {other}; "
+                    f"{self._source.path}: tensor {name} is {other}; "
                     "a vector must be F32, F16 or BF16."
                 )
         padded = np.zeros(-(-length // 16) * 16, np.float32)
@@ -166,19 +166,19 @@ class Weights:
         """Ends the packing threads; the packed weights stay."""
         self._pool.shutdown()
 
-    def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        tensor = self._file.tensors.get(name)
+    def _tensor(self, name: str, shape: Sequence[int]) -> SourceTensor:
+        tensor = self._source.tensors.get(name)
         if tensor is None:
-            raise ModelFileError(f"{self._file.path}: tensor {name} is missing.")
+            raise ModelFileError(f"{self._source.path}: tensor {name} is missing.")
         if tuple(tensor.shape) != tuple(shape):
             raise ModelFileError(
-                f"{self._file.path}: tensor {name} has shape {tuple(tensor.shape)}, "
+                f"{self._source.path}: tensor {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(shape)}."
             )
         return tensor
 
 
-def _packed_bytes(tensor: Tensor) -> int:
+def _packed_bytes(tensor: SourceTensor) -> int:
     if len(tensor.shape) != 2:
         return 0
     rows, columns = tensor.shape

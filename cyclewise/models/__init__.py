@@ -60,33 +60,33 @@ def load_model(
         ModelFileError: the file is damaged or lacks something.
         UnsupportedModelError: its architecture or a format is not known here.
     """
+    from cyclewise.machine.builder import load_kernels
     from cyclewise.machine.host import available_cpus
     from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
-    from cyclewise.machine.program import load_kernels
     from cyclewise.models import llama, qwen2
-    from cyclewise.weights.gguf import GGUFFile
+    from cyclewise.weights.source import open_source
 
     num_threads = resolve_threads(threads)
-    with GGUFFile(path) as file:
-        architecture = file.metadata.get("general.architecture")
+    with open_source(path) as source:
+        architecture = source.metadata.get("general.architecture")
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{path}: architecture {architecture!r} is not supported; "
                 f"known are {', '.join(ARCHITECTURES)}."
             )
-        table = file.tensors.get("token_embd.weight")
+        table = source.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
-        config = read_config(file.metadata, architecture, table.shape[0], context)
-        load_kernels(t.format.name for t in file.tensors.values() if len(t.shape) == 2)
-        weights = Weights(file, available_cpus())
+        config = read_config(source.metadata, architecture, table.shape[0], context)
+        load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
+        weights = Weights(source, available_cpus())
         try:
             build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]
             program = build(config, weights, available_cpus())
         finally:
             weights.close()
         formats: dict[str, int] = {}
-        for tensor in file.tensors.values():
+        for tensor in source.tensors.values():
             formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes
-        return Model(Path(path), config, file.metadata, Machine(program, num_threads), formats)
+        return Model(Path(path), config, source.metadata, Machine(program, num_threads), formats)

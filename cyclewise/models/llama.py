@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.builder import Builder
 from cyclewise.machine.packing import Weights
-from cyclewise.machine.program import Builder, Program
+from cyclewise.machine.program import Program
 from cyclewise.models.config import Config
 
 

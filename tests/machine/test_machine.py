@@ -187,7 +187,7 @@ def test_the_profile_chooses_the_register_tiles(tmp_path, monkeypatch):
     found = []
     for tiles in ({}, {"Q8_0": (2, 1)}):
         monkeypatch.setattr(
-            "cyclewise.machine.program.load_tuning", lambda tiles=tiles: Tuning(token_tiles=tiles)
+            "cyclewise.machine.builder.load_tuning", lambda tiles=tiles: Tuning(token_tiles=tiles)
         )
         model = load_model(tmp_path / "model.gguf", threads=2)
         output = model.program.moments[-1]

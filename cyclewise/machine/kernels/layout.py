@@ -1,6 +1,6 @@
 """The records that kernels read: fields of 64 bits, by number.
 
-`machine/program.py` writes them, the kernels read them through `Record`; both sides use the names
+`machine/builder.py` writes them, the kernels read them through `Record`; both sides use the names
 here. Every kernel of a moment has one signature: `kernel(moment, batch, thread, first, last)`,
 the tiles `first..last` of the moment for one thread.
 """

@@ -1,0 +1,334 @@
+"""The builder: how a file in `models/` writes a program, and the memory its moments work in.
+
+Here and nowhere
+else are addresses made: a moment's record (`kernels/layout.py`) is filled from matrices and
+buffers whose shapes are checked against each other, and `machine.py` checks a batch against the
+program before a kernel sees it.
+
+Buffers, float32 unless said otherwise, one row a token:
+
+    hidden     (tokens, hidden)             the residual stream
+    normed     (tokens, hidden)             a norm's output
+    quantized  (tokens, groups, 60 bytes)   int8 activations (`kernels/dot.py`)
+    qkv        (tokens, heads + 2 kv_heads, head_dim)
+    attended   (tokens, heads, head_dim)
+    gated      (tokens, feed-forward)
+    logits     (logit rows, vocabulary)
+
+In a small batch every thread has `normed` and `quantized` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cyclewise.errors import UnsupportedModelError
+from cyclewise.machine import costs
+from cyclewise.machine.costs import Form, MatrixShape
+from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
+from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
+from cyclewise.machine.kernels.compiler import host_compiler
+from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
+from cyclewise.machine.kernels.layout import (
+    ATTENTION,
+    EMBED,
+    GATED,
+    LINEAR,
+    LINEAR_PART,
+    NORM,
+    PAGE_TOKENS,
+    QUANTIZE,
+    ROPE,
+)
+from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.packing import Matrix, allocate
+from cyclewise.machine.profile import load_tuning
+from cyclewise.machine.program import Moment, MomentClass, Program, Tiles
+
+
+def load_kernels(formats: Iterable[str]) -> None:
+    """Compiles, or loads from the cache, every kernel that matrices of these formats need, in one
+    go. The register tiles are the machine profile's, where there is one.
+    """
+    names = list(dict.fromkeys(formats))
+    tiles = load_tuning().token_tiles
+    host_compiler().load(
+        [
+            *(pack.pack_unit(name) for name in names),
+            *(matmul.matmul_unit(name, tiles.get(name)) for name in names),
+            rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
+        ]
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    address: int
+    stride: int
+    """Bytes of a row."""
+    width: int
+    private: bool = False
+
+
+class Builder:
+    """Writes a program. `num_threads` private copies of the small buffers are provided for."""
+
+    def __init__(
+        self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
+        num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
+        num_threads: int, epsilon: float,
+    ) -> None:  # fmt: skip
+        self._moments: list[Moment] = []
+        self._memory: list[object] = []
+        self._epsilon, self._num_threads = epsilon, num_threads
+        self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._padded_head_dim = -(-head_dim // ROWS) * ROWS
+        self._vocab_size, self._context = vocab_size, context_length
+        widest = max(hidden_size, num_heads * head_dim, feed_forward)
+        self._hidden = self._buffer(hidden_size)
+        self._qkv = self._buffer((num_heads + 2 * num_kv_heads) * head_dim)
+        self._attended = self._buffer(num_heads * head_dim)
+        self._gated = self._buffer(feed_forward)
+        self._logits = self._buffer(vocab_size)
+        normed_stride = -(-hidden_size // ROWS) * ROWS * 4
+        quantized_stride = -(-widest // GROUP) * ACTIVATION_GROUP
+        self._private_bytes = MAX_BATCH_TOKENS * (normed_stride + quantized_stride)
+        private = self._allocate(self._private_bytes * num_threads)
+        self._normed = _Buffer(private, normed_stride, hidden_size, True)
+        at = private + MAX_BATCH_TOKENS * normed_stride
+        self._quantized = _Buffer(at, quantized_stride, widest, True)
+        # One page of the cache: every layer's keys, then its values.
+        self._key_bytes = num_kv_heads * head_dim * PAGE_TOKENS * 2
+        self._value_bytes = num_kv_heads * self._padded_head_dim * PAGE_TOKENS * 2
+        self._page_bytes = num_layers * (self._key_bytes + self._value_bytes)
+        self._num_pages = -(-context_length // PAGE_TOKENS)
+        self._cache = self._allocate(self._page_bytes * self._num_pages)
+
+    # Buffers
+
+    def _allocate(self, num_bytes: int) -> int:
+        memory = allocate(num_bytes)
+        self._memory.append(memory)
+        return int(memory.ctypes.data)
+
+    def _buffer(self, width: int) -> _Buffer:
+        stride = -(-width // ROWS) * ROWS * 4
+        return _Buffer(self._allocate(stride * MAX_BATCH_TOKENS), stride, width)
+
+    def _pointer(self, array: NDArray[np.generic] | None) -> int:
+        if array is None:
+            return 0
+        self._memory.append(array)
+        return int(array.ctypes.data)
+
+    def _add(
+        self, name: str, kind: MomentClass, kernel: str, fields: tuple[str, ...],
+        values: dict[str, int], tiles: Tiles | int, form: Form, *, tail: Sequence[int] = (),
+        tiles_per_block: int = 1, replicable: bool = False,
+    ) -> None:  # fmt: skip
+        assert values.keys() == set(fields), values.keys() ^ set(fields)
+        record = np.array([*(values[field_] for field_ in fields), *tail], np.int64)
+        self._moments.append(
+            Moment(name, kind, kernel, record, form, tiles, tiles_per_block, replicable)
+        )
+
+    @staticmethod
+    def _kernel(matrix: Matrix, prefix: str) -> int:
+        """The address of a matrix kernel of the matrix's format."""
+        return host_compiler().address(f"{prefix}_{matrix.format}")
+
+    # Moments
+
+    def embed(self, name: str, table: Matrix) -> None:
+        """hidden = table[token ids]"""
+        assert table.num_rows == self._vocab_size and table.num_columns == self._hidden.width
+        values = {
+            "row_kernel": self._kernel(table, "row"), "table": table.address,
+            "tile_bytes": table.stride, "columns": table.num_columns,
+            "out": self._hidden.address, "out_stride": self._hidden.stride,
+        }  # fmt: skip
+        form = costs.embed_form(table.num_columns, table.tile_bytes // ROWS)
+        self._add(name, "memory", "embed", EMBED, values, "tokens", form)
+
+    def norm(self, name: str, weight: NDArray[np.float32], *, of_logits: bool = False) -> None:
+        """normed = RMSNorm(hidden) * weight, of all tokens or of those that need logits."""
+        width = self._hidden.width
+        assert weight.size == self._hidden.stride // 4
+        values = {
+            "x": self._hidden.address, "x_stride": self._hidden.stride,
+            "weight": self._pointer(weight), "width": width, "padded_width": weight.size,
+            "epsilon": int(np.float32(self._epsilon).view(np.int32)),
+            "out": self._normed.address, "out_stride": self._normed.stride,
+            "of_logits": int(of_logits), "out_private": 1,
+        }  # fmt: skip
+        tiles: Tiles = "logits" if of_logits else "tokens"
+        form = costs.norm_form(width, of_logits=of_logits)
+        self._add(name, "activation", "norm", NORM, values, tiles, form, replicable=True)
+
+    def qkv(
+        self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None]
+    ) -> None:
+        """qkv = matrices . normed + biases"""
+        assert sum(matrix.num_rows for matrix in matrices) == self._qkv.width
+        self._linear(name, matrices, biases, self._normed, self._qkv)
+
+    def project(self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None) -> None:
+        """hidden += matrix . attended + bias"""
+        self._linear(name, [matrix], [bias], self._attended, self._hidden, add=True)
+
+    def down(self, name: str, matrix: Matrix) -> None:
+        """hidden += matrix . gated"""
+        self._linear(name, [matrix], [None], self._gated, self._hidden, add=True)
+
+    def output(self, name: str, matrix: Matrix) -> None:
+        """logits = matrix . normed, of the tokens that need logits"""
+        self._linear(name, [matrix], [None], self._normed, self._logits, of_logits=True)
+
+    def gated(self, name: str, gate: Matrix, up: Matrix) -> None:
+        """gated = silu(gate . normed) * (up . normed)"""
+        assert gate.num_rows == up.num_rows == self._gated.width
+        source = self._input(name, [gate, up], self._normed)
+        values = {
+            "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
+            "columns": gate.num_columns,
+            "out": self._gated.address, "out_stride": self._gated.stride,
+            "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address,
+            "gate_tile_bytes": gate.stride,
+            "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.stride,
+        }  # fmt: skip
+        quantized = source is self._quantized
+        form = costs.gated_form(_shape(gate), _shape(up), quantized=quantized)
+        self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, form)
+
+    def rope(
+        self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]
+    ) -> None:
+        """Rotates queries and keys of `qkv`; writes keys and values to the cache.
+
+        `cosines`, `sines`: (context, rope_dim / 2).
+        """
+        assert cosines.shape == sines.shape and cosines.shape[0] == self._context
+        keys, cache_values = self._layer_cache(layer)
+        values = {
+            "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
+            "num_heads": self._heads, "num_kv_heads": self._kv_heads,
+            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
+            "rope_dim": 2 * cosines.shape[1],
+            "cosines": self._pointer(cosines), "sines": self._pointer(sines),
+            "scale": int(np.float32(self._head_dim**-0.5).view(np.int32)),
+            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+        }  # fmt: skip
+        form = costs.rope_form(self._heads, self._kv_heads, self._head_dim, 2 * cosines.shape[1])
+        self._add(name, "memory", "rope", ROPE, values, "tokens", form)
+
+    def attention(self, name: str, layer: int) -> None:
+        """attended = softmax(queries . keys) . values, causal"""
+        keys, cache_values = self._layer_cache(layer)
+        values = {
+            "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
+            "num_heads": self._heads, "num_kv_heads": self._kv_heads,
+            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
+            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+            "out": self._attended.address, "out_stride": self._attended.stride,
+        }  # fmt: skip
+        form = costs.attention_form(self._heads, self._kv_heads, self._head_dim)
+        self._add(
+            name, "activation", "attention", ATTENTION, values, "queries", form,
+            tiles_per_block=self._kv_heads,
+        )  # fmt: skip
+
+    def _layer_cache(self, layer: int) -> tuple[int, int]:
+        keys = self._cache + layer * (self._key_bytes + self._value_bytes)
+        return keys, keys + self._key_bytes
+
+    def _input(
+        self, name: str, matrices: Sequence[Matrix], source: _Buffer, of_logits: bool = False
+    ) -> _Buffer:
+        """The buffer that the matrices read: `source`, or its quantized form, which a moment of
+        its own makes.
+        """
+        floats = {matrix.format in FLOAT_FORMATS for matrix in matrices}
+        columns = {matrix.num_columns for matrix in matrices}
+        assert columns == {source.width}, (name, columns, source.width)
+        if len(floats) > 1:
+            raise UnsupportedModelError(
+                f"{name}: its matrices are partly float and partly quantized; "
+                "Cyclewise needs them alike."
+            )
+        if floats == {True}:
+            return source
+        values = {
+            "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
+            "columns": source.width, "out": self._quantized.address, "out_private": 1,
+            "of_logits": int(of_logits),
+        }  # fmt: skip
+        tiles: Tiles = "logits" if of_logits else "tokens"
+        form = costs.quantize_form(source.width, of_logits=of_logits)
+        self._add(
+            f"{name}.quantize", "activation", "quantize", QUANTIZE, values, tiles, form,
+            replicable=True,
+        )  # fmt: skip
+        return self._quantized
+
+    def _linear(
+        self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None],
+        source: _Buffer, out: _Buffer, *, add: bool = False, of_logits: bool = False,
+    ) -> None:  # fmt: skip
+        x = self._input(name, matrices, source, of_logits)
+        tail: list[int] = []
+        offset = biased_rows = 0
+        for matrix, bias in zip(matrices, biases, strict=True):
+            assert bias is None or bias.size >= matrix.num_rows
+            part = {
+                "tile_kernel": self._kernel(matrix, "tile"), "weights": matrix.address,
+                "tile_bytes": matrix.stride, "num_tiles": matrix.num_tiles,
+                "out_offset": offset * 4, "bias": self._pointer(bias),
+            }  # fmt: skip
+            tail += [part[field_] for field_ in LINEAR_PART]
+            offset += matrix.num_rows
+            biased_rows += matrix.num_rows if bias is not None else 0
+            if matrix.num_rows % ROWS and matrix is not matrices[-1]:
+                raise UnsupportedModelError(
+                    f"{matrix.name} has {matrix.num_rows} rows; "
+                    f"Cyclewise needs a multiple of {ROWS} here."
+                )
+        assert offset == out.width
+        values = {
+            "x": x.address, "x_stride": x.stride, "x_private": int(x.private),
+            "columns": source.width, "out": out.address, "out_stride": out.stride,
+            "add_to_out": int(add), "of_logits": int(of_logits), "num_parts": len(matrices),
+        }  # fmt: skip
+        form = costs.linear_form(
+            tuple(_shape(matrix) for matrix in matrices), biased_rows,
+            quantized=x is self._quantized, add=add, of_logits=of_logits,
+        )  # fmt: skip
+        num_tiles = sum(matrix.num_tiles for matrix in matrices)
+        self._add(name, "matmul", "linear", LINEAR, values, num_tiles, form, tail=tail)
+
+    def build(self, *keep_alive: object) -> Program:
+        logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)
+        assert isinstance(logits, np.ndarray)
+        stride = self._logits.stride // 4
+        table = logits.view(np.float32)[: MAX_BATCH_TOKENS * stride].reshape(-1, stride)
+        group = self._heads // self._kv_heads
+        scratch = max(
+            2 * linear.SUMS_BYTES + matmul.SCRATCH_BYTES,
+            attention.scratch_bytes(group, self._padded_head_dim),
+        )
+        return Program(
+            tuple(self._moments), self._vocab_size, self._context,
+            self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
+            self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
+        )  # fmt: skip
+
+
+def _shape(matrix: Matrix) -> MatrixShape:
+    return MatrixShape(matrix.format, matrix.num_rows, matrix.num_columns, matrix.num_bytes)
+
+
+def _address(memory: object) -> int:
+    return int(memory.ctypes.data) if isinstance(memory, np.ndarray) else 0

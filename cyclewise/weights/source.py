@@ -1,0 +1,77 @@
+"""What packing and models read of a model's files, whatever their kind.
+
+A source looks like a GGUF file: its metadata has GGUF's keys (`general.architecture`,
+`llama.block_count`, ...) and its tensors GGUF's names (`blk.0.attn_q.weight`), so that there is one
+naming behind this wall. A tensor of experts, which GGUF stores in three dimensions, is listed as
+one matrix each: `blk.0.ffn_gate.3.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cyclewise.weights.formats import Format
+
+
+class SourceTensor(Protocol):
+    """One tensor, as its bytes lie in the source."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns), or (length,): a row's weights are consecutive."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Source(Protocol):
+    """An open model, one file or several; a context manager."""
+
+    @property
+    def path(self) -> Path:
+        """What the user named, for messages."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """GGUF's keys; the tokenizer's tables too."""
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]:
+        """By GGUF's names, in file order."""
+
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, one-dimensional and read-only."""
+
+    def release(self, name: str) -> None:
+        """The tensor's bytes are not needed any more."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+def open_source(path: Path | str) -> Source:
+    """Opens a model's file or directory.
+
+    Raises ModelNotFoundError, ModelFileError or UnsupportedModelError.
+    """
+    from cyclewise.weights.gguf import GGUFFile
+
+    return GGUFFile(path)
