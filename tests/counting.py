@@ -19,8 +19,8 @@ from tests import naive
 from tests.models.tiny import Tensor
 
 COUNTED = (
-    "add", "subtract", "multiply", "divide", "negative", "absolute", "maximum", "exp", "sqrt",
-    "rint",
+    "add", "subtract", "multiply", "divide", "negative", "absolute", "maximum", "exp", "tanh",
+    "sqrt", "rint",
 )  # fmt: skip
 NOT_COUNTED = ("greater", "clip")
 """Guards and conversions."""

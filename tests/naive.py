@@ -283,13 +283,22 @@ def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = Fals
     return out
 
 
-def attend(queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]) -> Doubles:
-    """One token: scaled queries (heads, dim) over keys and values (positions, kv_heads, dim)."""
+def attend(
+    queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], *,
+    window: int | None = None, softcap: float | None = None,
+) -> Doubles:  # fmt: skip
+    """One token: scaled queries (heads, dim) over keys and values (positions, kv_heads, dim), of
+    which it sees the last `window`. With `softcap` c a score s becomes c tanh(s / c).
+    """
     queries, keys, values = (np.asanyarray(a, np.float64) for a in (queries, keys, values))
+    if window is not None:
+        keys, values = keys[-window:], values[-window:]
     group = len(queries) // keys.shape[1]
     out = np.zeros((len(queries), values.shape[2]))
     for head in range(len(queries)):
         scores = keys[:, head // group] @ queries[head]
+        if softcap is not None:
+            scores = np.tanh(scores / softcap) * softcap
         weights = np.exp(scores - scores.max())
         out[head] = weights @ values[:, head // group] / weights.sum()
     return out

@@ -325,17 +325,20 @@ def other_costs(num_threads: int) -> dict[str, list[float]]:
 
 
 def attention_features(
-    batch: Sequence[tuple[int, int]], num_heads: int, num_kv_heads: int, head_dim: int
-) -> NDArray[np.float64]:
+    batch: Sequence[tuple[int, int]], num_heads: int, num_kv_heads: int, head_dim: int,
+    window: int | None = None,
+) -> NDArray[np.float64]:  # fmt: skip
     """(blocks, 3): of each block of queries and one key-value head, the pages' numbers that become
-    float32, the multiply-adds with them, and 1.
+    float32, the multiply-adds with them, and 1. Pages that lie before the `window` are not read.
     """
     rows = []
     group = num_heads // num_kv_heads
     for count, position in batch:
         for first in range(0, count, QUERY_BLOCK):
             size = min(QUERY_BLOCK, count - first)
-            keys = -(-(position + first + size) // PAGE_TOKENS) * PAGE_TOKENS
+            oldest = 0 if window is None else max(0, position + first - window + 1)
+            num_pages = -(-(position + first + size) // PAGE_TOKENS) - oldest // PAGE_TOKENS
+            keys = num_pages * PAGE_TOKENS
             rows.append((keys * head_dim, keys * head_dim * group * size, 1.0))
     return np.array(rows, np.float64)
 

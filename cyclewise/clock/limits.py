@@ -66,14 +66,14 @@ class Limits:
         if memory_bandwidth is not None:
             self._bandwidths[-1] = memory_bandwidth
         self._weight_bytes = program.weight_bytes
-        self._kv_bytes_per_key = sum(moment.form.kv_bytes_per_key for moment in program.moments)
+        self._reading = [m.form for m in program.moments if m.form.kv_bytes_per_key]
 
     def seconds(self, moment: Moment | Form, shape: BatchShape) -> Limit:
         """The limit of a moment; 0 s of one that is left out of the batch."""
         form = moment.form if isinstance(moment, Moment) else moment
         total = cost(form, shape)
         operations = total.operations / self._rates[form.unit]
-        earlier = form.kv_bytes_per_key * shape.num_earlier_keys
+        earlier = _earlier_bytes(form, shape)
         far = total.weight_bytes + earlier
         near = total.activation_bytes + total.kv_bytes - earlier
         far_from, near_from = self._holder(self._streamed(shape)), self._holder(near)
@@ -112,4 +112,9 @@ class Limits:
 
     def _streamed(self, shape: BatchShape) -> int:
         """Bytes that a step passes over once: all weights, and the earlier keys and values."""
-        return self._weight_bytes + self._kv_bytes_per_key * shape.num_earlier_keys
+        return self._weight_bytes + sum(_earlier_bytes(form, shape) for form in self._reading)
+
+
+def _earlier_bytes(form: Form, shape: BatchShape) -> int:
+    """Of keys and values that earlier steps wrote."""
+    return form.kv_bytes_per_key * shape.num_earlier_keys(form.window)

@@ -131,7 +131,7 @@ class Predictor:
         if part.form.matrices:
             return self._matrices(part.form, rows)
         if kind == "attend":
-            return self._attention(view, shape)
+            return self._attention(view, shape, part.form.window)
         return self._other(view, part, kind, rows)
 
     def _matrices(self, form: Form, rows: int) -> float:
@@ -157,14 +157,16 @@ class Predictor:
         scaled = (1 - share + share * slower**OVERLAP) ** (1 / OVERLAP)
         return float(fixed + seconds * scaled)
 
-    def _attention(self, view: View, shape: BatchShape) -> float:
+    def _attention(self, view: View, shape: BatchShape, window: int | None) -> float:
         *features, gap = self._others["attend"]
-        blocks = attention_features(shape.chunks, view.num_heads, view.num_kv_heads, view.head_dim)
+        blocks = attention_features(
+            shape.chunks, view.num_heads, view.num_kv_heads, view.head_dim, window
+        )
         tiles = len(blocks) * view.num_kv_heads
         work = float((blocks @ np.array(features)).sum()) * view.num_kv_heads
         seconds = float(gap + work * -(-tiles // self._num_threads) / tiles)
         key_bytes = 2 * 2 * view.num_kv_heads * view.head_dim
-        waiting = shape.num_keys * key_bytes / self._bandwidth
+        waiting = shape.num_keys(window) * key_bytes / self._bandwidth
         saved = (1 - view.kv_share) * min(1.0, waiting / seconds) ** OVERLAP
         return float(seconds * (1 - saved))
 

@@ -161,7 +161,7 @@ class Builder:
         values = {
             "x": self._hidden.address, "x_stride": self._hidden.stride,
             "weight": self._pointer(weight), "width": width, "padded_width": weight.size,
-            "epsilon": int(np.float32(self._epsilon).view(np.int32)),
+            "epsilon": _bits(self._epsilon),
             "out": self._normed.address, "out_stride": self._normed.stride,
             "of_logits": int(of_logits), "out_private": 1,
         }  # fmt: skip
@@ -205,28 +205,57 @@ class Builder:
         self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, form)
 
     def rope(
-        self, name: str, layer: int, cosines: NDArray[np.float32], sines: NDArray[np.float32]
-    ) -> None:
-        """Rotates queries and keys of `qkv`; writes keys and values to the cache.
+        self, name: str, layer: int, cosines: NDArray[np.float32] | None,
+        sines: NDArray[np.float32] | None, *, scale: float | None = None,
+        query_norm: NDArray[np.float32] | None = None,
+        key_norm: NDArray[np.float32] | None = None,
+    ) -> None:  # fmt: skip
+        """Normalizes, rotates and scales queries and keys of `qkv`; writes keys and values to the
+        cache.
 
-        `cosines`, `sines`: (context, rope_dim / 2).
+        Args:
+            name: the moment's.
+            layer: whose part of the cache it is.
+            cosines, sines: (context, rope_dim / 2); None where nothing is rotated.
+            scale: of the queries; head_dim ** -0.5 if None.
+            query_norm, key_norm: weights of an RMSNorm of each head, (head_dim); None: no norm.
         """
-        assert cosines.shape == sines.shape and cosines.shape[0] == self._context
+        rope_dim = 0
+        if cosines is not None and sines is not None:
+            assert cosines.shape == sines.shape and cosines.shape[0] == self._context
+            rope_dim = 2 * cosines.shape[1]
+        for weight in (query_norm, key_norm):
+            assert weight is None or weight.size >= self._head_dim
         keys, cache_values = self._layer_cache(layer)
         values = {
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
             "num_heads": self._heads, "num_kv_heads": self._kv_heads,
             "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
-            "rope_dim": 2 * cosines.shape[1],
+            "rope_dim": rope_dim,
             "cosines": self._pointer(cosines), "sines": self._pointer(sines),
-            "scale": int(np.float32(self._head_dim**-0.5).view(np.int32)),
+            "scale": _bits(self._head_dim**-0.5 if scale is None else scale),
+            "query_norm": self._pointer(query_norm), "key_norm": self._pointer(key_norm),
+            "epsilon": _bits(self._epsilon),
             "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
         }  # fmt: skip
-        form = costs.rope_form(self._heads, self._kv_heads, self._head_dim, 2 * cosines.shape[1])
+        form = costs.rope_form(
+            self._heads, self._kv_heads, self._head_dim, rope_dim,
+            query_norm=query_norm is not None, key_norm=key_norm is not None,
+        )  # fmt: skip
         self._add(name, "memory", "rope", ROPE, values, "tokens", form)
 
-    def attention(self, name: str, layer: int) -> None:
-        """attended = softmax(queries . keys) . values, causal"""
+    def attention(
+        self, name: str, layer: int, *, window: int | None = None, softcap: float | None = None
+    ) -> None:
+        """attended = softmax(queries . keys) . values, causal.
+
+        Args:
+            name: the moment's.
+            layer: whose part of the cache it is.
+            window: tokens that a token sees, itself among them; all before it if None.
+            softcap: a score becomes softcap * tanh(score / softcap); None: it stays as it is.
+        """
+        assert (window is None or window > 0) and (softcap is None or softcap > 0)
         keys, cache_values = self._layer_cache(layer)
         values = {
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
@@ -234,8 +263,11 @@ class Builder:
             "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
             "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
             "out": self._attended.address, "out_stride": self._attended.stride,
+            "window": window or attention.NO_WINDOW, "softcap": _bits(softcap or 0.0),
         }  # fmt: skip
-        form = costs.attention_form(self._heads, self._kv_heads, self._head_dim)
+        form = costs.attention_form(
+            self._heads, self._kv_heads, self._head_dim, window=window, softcap=softcap is not None
+        )
         self._add(
             name, "activation", "attention", ATTENTION, values, "queries", form,
             tiles_per_block=self._kv_heads,
@@ -324,6 +356,11 @@ class Builder:
             self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
             self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
         )  # fmt: skip
+
+
+def _bits(value: float) -> int:
+    """Of a float32."""
+    return int(np.float32(value).view(np.int32))
 
 
 def _shape(matrix: Matrix) -> MatrixShape:

@@ -5,10 +5,11 @@ clock divides what comes out by the machine's roofs.
 
 *Operations* are those of the model's arithmetic over its true rows and columns, not over the
 padding of a kernel: a multiply-add is two; an addition, multiplication, division, maximum, square
-root, rounding, magnitude, negation or exponential is one; a sum of n terms is n. Reading a format
+root, rounding, magnitude, negation, exponential or hyperbolic tangent is one; a sum of n terms is
+n. Reading a format
 (unpacking codes, scaling groups, widening float16) is no operation but a kernel's way to the
 weight; converting, clamping and guarding against zero are none either, nor is a pair that the
-causal mask hides.
+causal mask or a window hides.
 
 *Bytes* are those that must move: weights once a step, packed as they are streamed, with biases and
 the weights of norms; activations in and out once; keys and values that are written, and those
@@ -41,20 +42,27 @@ class BatchShape:
     def num_tokens(self) -> int:
         return sum(count for count, _ in self.chunks)
 
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of a query token and a key that it sees."""
-        return sum(count * first + count * (count + 1) // 2 for count, first in self.chunks)
+    def num_pairs(self, window: int | None = None) -> int:
+        """Pairs of a query token and a key that it sees: itself and all before it, at most
+        `window`.
+        """
+        return sum(_pairs(count, first, window) for count, first in self.chunks)
 
-    @property
-    def num_earlier_keys(self) -> int:
+    def num_earlier_keys(self, window: int | None = None) -> int:
         """Those of the keys that are read which earlier steps wrote."""
-        return sum(first for _, first in self.chunks)
+        return sum(first if window is None else min(first, window - 1) for _, first in self.chunks)
 
-    @property
-    def num_keys(self) -> int:
+    def num_keys(self, window: int | None = None) -> int:
         """Tokens whose keys and values are read, each once a chunk."""
-        return self.num_earlier_keys + self.num_tokens
+        return self.num_earlier_keys(window) + self.num_tokens
+
+
+def _pairs(count: int, first: int, window: int | None) -> int:
+    """Of `count` tokens, the first at position `first`."""
+    if window is None:
+        return count * first + count * (count + 1) // 2
+    growing = min(count, max(0, window - first))
+    return _pairs(growing, first, None) + (count - growing) * window
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +96,8 @@ class Form:
     """Of keys and values, written."""
     kv_bytes_per_key: int = 0
     """Of keys and values, read."""
+    window: int | None = None
+    """Keys that a token sees at most, its own among them."""
     of_logits: bool = False
 
 
@@ -167,28 +177,38 @@ def gated_form(gate: MatrixShape, up: MatrixShape, *, quantized: bool) -> Form:
     )
 
 
-def rope_form(num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int) -> Form:
-    """Three operations for each rotated number of queries and keys, and the queries' scale; keys
-    and values go to the cache as float16.
+def rope_form(
+    num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int, *,
+    query_norm: bool = False, key_norm: bool = False,
+) -> Form:  # fmt: skip
+    """A norm's operations for each head that has one; three for each rotated number of queries and
+    keys, and the queries' scale; keys and values go to the cache as float16.
     """
+    normed = num_heads * query_norm + num_kv_heads * key_norm
     rotated = (num_heads + num_kv_heads) * rope_dim
     heads_read, heads_written = num_heads + 2 * num_kv_heads, num_heads
     return Form(
-        operations_per_row=3 * rotated + num_heads * head_dim,
+        operations_per_row=normed * (4 * head_dim + 3) + 3 * rotated + num_heads * head_dim,
+        weight_bytes=_FLOAT * head_dim * (query_norm + key_norm),
         bytes_per_row=_FLOAT * ((heads_read + heads_written) * head_dim + rope_dim),
         kv_bytes_per_row=2 * num_kv_heads * head_dim * _HALF,
     )
 
 
-def attention_form(num_heads: int, num_kv_heads: int, head_dim: int) -> Form:
-    """A pair of a query and a key: a score; its part in the maximum, the difference, the
-    exponential and the sum; the value's weighing. In the end a division.
+def attention_form(
+    num_heads: int, num_kv_heads: int, head_dim: int, *, window: int | None = None,
+    softcap: bool = False,
+) -> Form:  # fmt: skip
+    """A pair of a query and a key: a score, and a division, a tangent and a product where it is
+    capped; its part in the maximum, the difference, the exponential and the sum; the value's
+    weighing. In the end a division.
     """
     return Form(
         operations_per_row=num_heads * head_dim,
-        operations_per_pair=num_heads * (4 * head_dim + 4),
+        operations_per_pair=num_heads * (4 * head_dim + 4 + 3 * softcap),
         bytes_per_row=2 * _FLOAT * num_heads * head_dim,
         kv_bytes_per_key=2 * num_kv_heads * head_dim * _HALF,
+        window=window,
     )
 
 
@@ -205,8 +225,9 @@ def cost(form: Form, batch: BatchShape) -> Cost:
         return Cost(form.unit, 0, 0, 0, 0)
     return Cost(
         unit=form.unit,
-        operations=form.operations_per_row * rows + form.operations_per_pair * batch.num_pairs,
+        operations=form.operations_per_row * rows
+        + form.operations_per_pair * batch.num_pairs(form.window),
         weight_bytes=form.weight_bytes,
         activation_bytes=form.bytes_per_row * rows,
-        kv_bytes=form.kv_bytes_per_row * rows + form.kv_bytes_per_key * batch.num_keys,
+        kv_bytes=form.kv_bytes_per_row * rows + form.kv_bytes_per_key * batch.num_keys(form.window),
     )

@@ -46,7 +46,7 @@ def cost(name: str, shape, threads: int) -> int:
         rows = shape.num_logits if layer_of(name) is None else shape.num_tokens
         return 0 if not rows else (40_000 + 2_000 * rows) // threads + 3_000
     if last == "attend":
-        return (700 * shape.num_tokens + 12 * shape.num_pairs) // threads
+        return (700 * shape.num_tokens + 12 * shape.num_pairs()) // threads
     return 500 + 10 * shape.num_tokens
 
 

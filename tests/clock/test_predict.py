@@ -109,6 +109,9 @@ def test_attention_features_are_those_of_the_pages():
     assert rows[:, 0].tolist() == (keys * 16).tolist()
     assert rows[:, 1].tolist() == (keys * 16 * 4 * tokens).tolist()
     assert rows[:, 2].tolist() == [1, 1, 1]
+    # Of 33 tokens the one at 40 sees those from 8 on; the ones at 31 to 46 begin before them.
+    rows = attention_features([(1, 40), (16, 70)], 8, 2, 16, 33)
+    assert rows[:, 0].tolist() == [64 * 16, 64 * 16]
 
 
 def test_smaller_keys_save_at_most_their_share():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cyclewise.machine.kernels.attention import attention_unit, scratch_bytes
+from cyclewise.machine.kernels.attention import NO_WINDOW, attention_unit, scratch_bytes
 from cyclewise.machine.kernels.layout import (
     ATTENTION,
     BATCH,
@@ -57,7 +57,7 @@ class Cache:
         return np.concatenate(parts, axis=1).view(np.uint8), parts[0].shape[1] * 2
 
 
-def attend(cache, group, queries, sequences, block=QUERY_BLOCK):
+def attend(cache, group, queries, sequences, block=QUERY_BLOCK, window=NO_WINDOW, softcap=0.0):
     """The kernel's output (tokens, heads, head_dim); blocks of `block` tokens."""
     heads, dim = group * cache.kv_heads, cache.head_dim
     tokens = len(queries)
@@ -79,7 +79,7 @@ def attend(cache, group, queries, sequences, block=QUERY_BLOCK):
         ATTENTION, qkv=qkv, qkv_stride=qkv.strides[0], num_heads=heads,
         num_kv_heads=cache.kv_heads, head_dim=dim, padded_head_dim=cache.padded, keys=memory,
         values=memory.ctypes.data + key_bytes, page_bytes=memory.strides[0],
-        out=out, out_stride=heads * dim * 4,
+        out=out, out_stride=heads * dim * 4, window=window, softcap=softcap,
     )  # fmt: skip
     batch = record(BATCH, num_tokens=tokens, query_blocks=table)
     thread = Thread(scratch_bytes(group, cache.padded))
@@ -124,6 +124,40 @@ def test_ragged_sequences_over_scattered_pages(group, head_dim):
         s = next(s for s in sequences if s.start <= i < s.start + s.count)
         alone = Sequence(0, 1, s.position + i - s.start, s.pages)
         np.testing.assert_array_equal(attend(cache, group, queries[i : i + 1], [alone])[0], got[i])
+
+
+@pytest.mark.parametrize("head_dim", [24, 96, 256])
+@pytest.mark.parametrize("window", [1, 2, 20, 32, 33, 64, 90])
+def test_a_window(head_dim, window):
+    """Pages that lie before it are not read: they may not even exist."""
+    rng = np.random.default_rng(head_dim + window)
+    cache, sequences = Cache(rng, head_dim, 1, 12), ragged(rng)
+    queries = rng.standard_normal((59, 4, head_dim)).astype(np.float32) * head_dim**-0.5
+    written = [cache.write(s) for s in sequences]
+    for s in sequences:
+        s.pages[: max(0, s.position - window + 1) // PAGE_TOKENS] = -(1 << 20)
+    got = attend(cache, 4, queries, sequences, window=window)
+    for s, (keys, values) in zip(sequences, written, strict=True):
+        for i in range(s.count):
+            end = s.position + i + 1
+            want = naive.attend(queries[s.start + i], keys[:end], values[:end], window=window)
+            np.testing.assert_allclose(got[s.start + i], want, rtol=2e-5, atol=2e-6)
+    for block in (1, 5):
+        again = attend(cache, 4, queries, sequences, block, window=window)
+        np.testing.assert_array_equal(again, got)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1, 30, 1e4])
+def test_soft_capping(scale):
+    rng = np.random.default_rng(5)
+    cache, s = Cache(rng, 64, 2, 4), Sequence(0, 20, 60, np.array([3, 0, 2], np.int32))
+    queries = rng.standard_normal((20, 4, 64)).astype(np.float32) * scale
+    keys, values = cache.write(s)
+    got = attend(cache, 2, queries, [s], softcap=50.0)
+    for i in range(20):
+        want = naive.attend(queries[i], keys[: 61 + i], values[: 61 + i], softcap=50.0)
+        # A score of 500 before it is capped is known to 3e-5, and 50 to 4e-6.
+        np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=3e-5)
 
 
 @pytest.mark.parametrize("key_scale", [1e2, 1e4])

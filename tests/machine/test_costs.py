@@ -5,12 +5,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from cyclewise.machine.costs import BatchShape, cost
+from cyclewise.machine.costs import BatchShape, attention_form, cost, rope_form
 from cyclewise.machine.kernels.blocks import tile_bytes
 from cyclewise.machine.names import collapsed, layer_of
 from cyclewise.models import load_model
 from cyclewise.weights.formats import FORMATS
-from tests.counting import Chunk, CountingTransformer
+from tests import naive
+from tests.counting import Book, Chunk, CountingTransformer, counted
 from tests.models import tiny
 from tests.models.tiny import Tiny
 
@@ -118,8 +119,53 @@ def test_a_packed_tile_takes_what_the_file_takes():
 
 def test_a_batch_of_two_sequences():
     shape = BatchShape(((3, 10), (1, 0)), 2)
-    assert (shape.num_tokens, shape.num_keys, shape.num_earlier_keys) == (4, 14, 10)
-    assert shape.num_pairs == 11 + 12 + 13 + 1
+    assert (shape.num_tokens, shape.num_keys(), shape.num_earlier_keys()) == (4, 14, 10)
+    assert shape.num_pairs() == 11 + 12 + 13 + 1
+
+
+def test_pairs_and_keys_of_a_window():
+    shape = BatchShape(((3, 10), (7, 0), (1, 4)), 0)
+    for window in (1, 2, 4, 5, 11, 12, 99):
+        pairs = [min(first + i + 1, window) for count, first in shape.chunks for i in range(count)]
+        assert shape.num_pairs(window) == sum(pairs)
+        seen = [
+            {key for i in range(count) for key in range(max(0, first + i - window + 1), first + i)}
+            | set(range(first, first + count))
+            for count, first in shape.chunks
+        ]
+        assert shape.num_keys(window) == sum(len(keys) for keys in seen)
+
+
+def test_forms_of_normed_queries_and_windows():
+    """The twins' operations, and the bytes of the norms' weights."""
+    rng, book = np.random.default_rng(0), Book()
+    heads, kv_heads, dim, position, window = 6, 2, 16, 50, 7
+    rows = counted(rng.standard_normal((3, heads + 2 * kv_heads, dim)).astype(np.float32), book)
+    weight = np.ones(dim, np.float32)
+    with book.moment("rope") as count:
+        queries, keys = rows[:, :heads], rows[:, heads:-kv_heads]
+        normed = [naive.rms_norm(x, weight, 1e-6).astype(np.float32) for x in (queries, keys)]
+        cosines, sines = (np.ones((3, 1, dim // 4), np.float32) for _ in range(2))
+        rotated = [naive.rotate(x, cosines, sines) for x in normed]
+        assert (rotated[0] * np.float32(0.1)).shape == queries.shape
+        count.weight_bytes += 2 * weight.nbytes
+        count.activation_bytes += rows.nbytes + queries.nbytes + cosines.nbytes + sines.nbytes
+        count.kv_bytes += (keys.nbytes + rows[:, -kv_heads:].nbytes) // 2
+    shape = BatchShape(((3, position),), 0)
+    form = rope_form(heads, kv_heads, dim, dim // 2, query_norm=True, key_norm=True)
+    assert asdict(cost(form, shape)) == {"unit": "fma", **asdict(book.counts["rope"])}
+    assert rope_form(heads, kv_heads, dim, dim // 2).weight_bytes == 0
+
+    queries = counted(rng.standard_normal((3, heads, dim)), book)
+    keys = counted(rng.standard_normal((position + 3, kv_heads, dim)).astype(np.float16), book)
+    with book.moment("attend") as count:
+        for i, query in enumerate(queries):
+            end = position + i + 1
+            naive.attend(query, keys[:end], keys[:end], window=window, softcap=30.0)
+        count.activation_bytes += queries.nbytes  # float64: what is read and what is written
+        count.kv_bytes += 2 * keys[position + 1 - window :].nbytes
+    form = attention_form(heads, kv_heads, dim, window=window, softcap=True)
+    assert asdict(cost(form, shape)) == {"unit": "fma", **asdict(book.counts["attend"])}
 
 
 def test_a_prefix_of_the_layers(loaded):

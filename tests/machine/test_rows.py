@@ -183,3 +183,46 @@ def test_rope_and_the_cache(head_dim, rope_dim):
     ).view(np.uint8)
     np.testing.assert_array_equal(restored.ravel(), untouched[:-GUARD])
     check_guard(cache)
+
+
+@pytest.mark.parametrize("normed", [(), ("query_norm",), ("key_norm",), ("query_norm", "key_norm")])
+@pytest.mark.parametrize(("head_dim", "rope_dim"), [(8, 0), (64, 64), (72, 32), (256, 256)])
+def test_rope_of_normed_heads(head_dim, rope_dim, normed):
+    """With and without rotation, and a scale of its own; one key-value head."""
+    rng = np.random.default_rng(head_dim)
+    heads, tokens = 3, 4
+    padded = -(-head_dim // 16) * 16
+    qkv = rng.standard_normal((tokens, heads + 2, head_dim)).astype(np.float32) * 40
+    before = qkv.copy()
+    angles = rng.uniform(-9, 9, (50, rope_dim // 2))
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions, slots = np.array([3, 0, 49, 7], np.int32), np.array([0, 31, 40, 64], np.int32)
+    key_bytes, value_bytes = head_dim * PAGE_TOKENS * 2, padded * PAGE_TOKENS * 2
+    cache = guarded(3 * (key_bytes + value_bytes))
+    weights = {name: rng.standard_normal(head_dim).astype(np.float32) for name in normed}
+    moment = record(
+        ROPE, qkv=qkv, qkv_stride=(heads + 2) * head_dim * 4, num_heads=heads, num_kv_heads=1,
+        head_dim=head_dim, padded_head_dim=padded, rope_dim=rope_dim,
+        cosines=cosines if rope_dim else 0, sines=sines if rope_dim else 0, scale=0.25,
+        epsilon=1e-6, keys=cache, values=cache.ctypes.data + key_bytes,
+        page_bytes=key_bytes + value_bytes, **weights,
+    )  # fmt: skip
+    batch = record(BATCH, num_tokens=tokens, positions=positions, slots=slots)
+    kernel(rows_unit(), "rope")(moment, batch, Thread(0).record, 0, tokens)
+    pages = cache[:-GUARD].reshape(3, -1)
+    keys = pages[:, :key_bytes].copy().view(np.float16).reshape(3, head_dim, PAGE_TOKENS)
+    values = pages[:, key_bytes:].copy().view(np.float16).reshape(3, PAGE_TOKENS, padded)
+    parts = {"query_norm": before[:, :heads], "key_norm": before[:, heads : heads + 1]}
+    for name, weight in weights.items():
+        parts[name] = naive.rms_norm(parts[name], weight, 1e-6).astype(np.float32)
+    for i in range(tokens):
+        angle = cosines[positions[i]], sines[positions[i]]
+        page, place = divmod(int(slots[i]), PAGE_TOKENS)
+        want = naive.rotate(parts["query_norm"][i] * np.float32(0.25), *angle)
+        np.testing.assert_allclose(qkv[i, :heads], want, rtol=1e-5, atol=1e-5)
+        want = naive.rotate(parts["key_norm"][i], *angle)[0]
+        np.testing.assert_allclose(keys[page, :, place], want, rtol=2e-3, atol=1e-5)
+        np.testing.assert_array_equal(
+            values[page, place, :head_dim], naive.to_half(before[i, heads + 1])
+        )
+    check_guard(cache)

@@ -5,7 +5,7 @@ A tile is a block of at most QUERY_BLOCK consecutive tokens of a sequence and on
 its *rows* are the block's tokens times the query heads that share the head. Page after page, keys
 and values become float32 once and serve all rows. A row meets the pages in order and nothing else
 enters its sums, so its bits do not depend on the block or the batch: a page that it may not see
-leaves it as it was, to the bit.
+leaves it as it was, to the bit. Pages that lie before the window of all rows are not read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from cyclewise.machine.kernels.layout import (
 from cyclewise.machine.kernels.math import exp
 
 LANES = 16
+NO_WINDOW = (1 << 31) - 1
+"""A window longer than any context."""
+LEAST = -3.4028234663852886e38
+"""The least finite float32: the maximum of a row that has seen nothing yet."""
 
 ROW_TILES = (6, 4, 3, 2, 1)
 """Rows that meet keys or values at once, largest first."""
@@ -75,11 +79,12 @@ def _attention(
             with emitter.range(0, padded, LANES) as at:
                 to = out + (row * padded + at) * 4
                 emitter.store(to, emitter.constant(0.0, floats))
-            emitter.store(maxima + row * 4, emitter.constant(float("-inf"), F32))
+            emitter.store(maxima + row * 4, emitter.constant(LEAST, F32))
             emitter.store(sums + row * 4, zero)
 
         end = block.first_position + block.num_tokens
-        with emitter.range(0, end, PAGE_TOKENS) as start:
+        oldest = emitter.maximum(block.first_position - m.window + 1, emitter.constant(0))
+        with emitter.range(oldest // PAGE_TOKENS * PAGE_TOKENS, end, PAGE_TOKENS) as start:
             following = start + PAGE_TOKENS
             ahead = (following < end).select(following, start)
             page, next_page = (
@@ -104,10 +109,12 @@ def _attention(
                 )
 
             _over_rows(emitter, rows, score)
+            with emitter.when(m.softcap.differs(0)):
+                _soft_cap(emitter, scores, rows * PAGE_TOKENS, m.float("softcap"))
 
             def masked(row: Value, start: Value = start) -> list[Value]:
                 visible = block.first_position + row // group - start + 1
-                return _masked(emitter, scores + row * (PAGE_TOKENS * 4), visible)
+                return _masked(emitter, scores + row * (PAGE_TOKENS * 4), visible, m.window)
 
             with emitter.range(0, rows) as row:
                 largest = emitter.maximum(*masked(row))
@@ -221,15 +228,29 @@ def _multiply_add(
                 add(row, i, left, held[i])
 
 
-def _masked(emitter: Emitter, scores: Value, visible: Value) -> list[Value]:
-    """A row's scores of a page, -inf from the `visible`-th key on."""
+def _soft_cap(emitter: Emitter, scores: Value, count: Value, cap: Value) -> None:
+    """score = cap * tanh(score / cap); `count` is a multiple of 16."""
     floats = vector(F32, LANES)
-    limit = emitter.splat(emitter.cast(visible, I32, "trunc"), LANES)
+    wide, twice = emitter.splat(cap, LANES), emitter.splat(2.0 / cap, LANES)
+    with emitter.range(0, count, LANES) as at:
+        power = exp(emitter, emitter.load(scores + at * 4, floats) * twice)
+        emitter.store(scores + at * 4, wide - (wide + wide) / (power + 1.0))
+
+
+def _masked(emitter: Emitter, scores: Value, visible: Value, window: Value) -> list[Value]:
+    """A row's scores of a page: -inf from the `visible`-th key on, and more than `window` keys
+    before it.
+    """
+    floats = vector(F32, LANES)
+    limit, oldest = (
+        emitter.splat(emitter.cast(key, I32, "trunc"), LANES) for key in (visible, visible - window)
+    )
     found = []
     for first in range(0, PAGE_TOKENS, LANES):
         index = emitter.vector_constant(range(first, first + LANES), I32)
         hidden = emitter.constant(float("-inf"), floats)
-        found.append((index < limit).select(emitter.load(scores + first * 4, floats), hidden))
+        seen = (index < limit) & (index >= oldest)
+        found.append(seen.select(emitter.load(scores + first * 4, floats), hidden))
     return found
 
 

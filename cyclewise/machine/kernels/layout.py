@@ -45,11 +45,12 @@ GATED = (
 )  # fmt: skip
 ROPE = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim", "rope_dim",
-    "cosines", "sines", "scale", "keys", "values", "page_bytes",
+    "cosines", "sines", "scale", "query_norm", "key_norm", "epsilon", "keys", "values",
+    "page_bytes",
 )  # fmt: skip
 ATTENTION = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim",
-    "keys", "values", "page_bytes", "out", "out_stride",
+    "keys", "values", "page_bytes", "out", "out_stride", "window", "softcap",
 )  # fmt: skip
 
 STREAM = ("source", "tile_bytes", "repeats")

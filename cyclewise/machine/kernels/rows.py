@@ -130,8 +130,8 @@ def _lane_sums(emitter: Emitter, codes: Value) -> tuple[Value, Value]:
 def _rope(
     emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
 ) -> None:
-    """Rotates and scales the queries in place; writes rotated keys and the values, as float16, to
-    the cache.
+    """Normalizes, rotates and scales the queries in place; writes normalized and rotated keys and
+    the values, as float16, to the cache. Without weights of a norm there is none.
 
     A page of keys of a layer is (kv_heads, head_dim, PAGE_TOKENS), of values (kv_heads,
     PAGE_TOKENS, padded_head_dim).
@@ -161,6 +161,25 @@ def _rope(
             value = emitter.load(head + at * 4, F32)
             emitter.store(head + at * 4, value * factor)
 
+    def normalize(head: Value, weight: Value) -> None:
+        """RMSNorm of one head, in place."""
+        whole = (m.head_dim >> 4) << 4
+        total = emitter.variable(emitter.constant(0.0, vector(F32, LANES)))
+        with emitter.range(0, whole, LANES) as at:
+            value = emitter.load(head + at * 4, vector(F32, LANES))
+            total.set(emitter.fma(value, value, total.get()))
+        squares = emitter.variable(emitter.sum(total.get()))
+        with emitter.range(whole, m.head_dim) as at:
+            value = emitter.load(head + at * 4, F32)
+            squares.add(value * value)
+        mean = squares.get() / emitter.cast(m.head_dim, F32, "sitofp")
+        factor = 1.0 / emitter.unary("sqrt", mean + m.float("epsilon"))
+        for start, end, lanes in ((0, whole, LANES), (whole, m.head_dim, 1)):
+            floats, wide = vector(F32, lanes), emitter.splat(factor, lanes)
+            with emitter.range(start, end, lanes) as at:
+                value = emitter.load(head + at * 4, floats) * wide
+                emitter.store(head + at * 4, value * emitter.load(weight + at * 4, floats))
+
     def to_cache(value: Value) -> Value:
         """float16 bits; what float16 cannot hold becomes its largest value, never infinite."""
         limit = emitter.constant(65504.0, value.type)
@@ -173,6 +192,10 @@ def _rope(
         qkv = m.qkv + token * m.qkv_stride
         position = load_int32(emitter, b.positions, token)
         angles = (m.cosines + position * half * 4, m.sines + position * half * 4)
+        with emitter.when(m.query_norm.differs(0)), emitter.range(0, m.num_heads) as head:
+            normalize(qkv + head * head_bytes, m.query_norm)
+        with emitter.when(m.key_norm.differs(0)), emitter.range(0, m.num_kv_heads) as head:
+            normalize(qkv + (m.num_heads + head) * head_bytes, m.key_norm)
         with emitter.range(0, m.num_heads) as head:
             rotate_head(qkv + head * head_bytes, angles, m.float("scale"))
         slot = load_int32(emitter, b.slots, token)
