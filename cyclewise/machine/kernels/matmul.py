@@ -34,8 +34,8 @@ from cyclewise.machine.kernels.dot import (
     AT_SCALED_SUM,
     QUAD,
     ActivationLayout,
-    Dot,
 )
+from cyclewise.machine.kernels.dots import make_dot
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
 
 UNPACK_FROM = 9
@@ -81,7 +81,7 @@ class _BlockMatmul:
         kind, target = self.kind, emitter.target
         tiles = self.tiles or target.token_tiles
         self.emitter, self.lanes, self.parts = emitter, target.lanes, ROWS // target.lanes
-        self.dot = Dot(emitter, kind)
+        self.dot = make_dot(emitter, kind)
         direct_tiles = tuple(tile for tile in target.token_tiles if tile <= 4)
         direct = {
             tile: emitter.function(
