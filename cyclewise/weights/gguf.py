@@ -11,11 +11,9 @@ as in llama.cpp.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import mmap
 import os
-import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cyclewise.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from cyclewise.errors import ModelFileError, UnsupportedModelError
 from cyclewise.weights.formats import Format, format_of
+from cyclewise.weights.mapped import MappedFile, shown
 
 _STRING, _ARRAY = 8, 9
 _BOOL = 7
@@ -86,13 +85,13 @@ class GGUFFile:
     and UnsupportedModelError for block formats this package cannot run.
     """
 
-    __slots__ = ("_map", "alignment", "metadata", "path", "tensors", "version")
+    __slots__ = ("_file", "alignment", "metadata", "path", "tensors", "version")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._map: mmap.mmap | None = _map_file(self.path)
+        self._file = MappedFile(path)
         try:
-            header = parse(self._map, str(self.path))
+            header = parse(self._file.buffer, str(self.path))
         except BaseException:
             self.close()
             raise
@@ -103,26 +102,17 @@ class GGUFFile:
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """A read-only view of the tensor's `nbytes` bytes, one-dimensional; nothing is copied."""
-        assert self._map is not None, "the file is closed"
         tensor = self.tensors[name]
-        return np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
+        return self._file.view(tensor.offset, tensor.nbytes)
 
     def release(self, name: str) -> None:
         """Let the operating system take back a tensor's pages; they may be read again."""
-        assert self._map is not None, "the file is closed"
-        if hasattr(mmap, "MADV_DONTNEED"):
-            tensor = self.tensors[name]
-            # Rounded outwards: a neighbour's bytes on the same page come back when they are read.
-            start = tensor.offset - tensor.offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
+        tensor = self.tensors[name]
+        self._file.release(tensor.offset, tensor.nbytes)
 
     def close(self) -> None:
         """Unmap the file, now or when the last view of it is gone."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            # With views in use it cannot be unmapped yet: it goes with the last of them.
-            with contextlib.suppress(BufferError):
-                mapped.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,8 +138,8 @@ def parse(buffer: bytes | mmap.mmap, where: str) -> Header:
     for _ in range(num_entries):
         key = reader.name("a metadata key")
         if key in metadata:
-            raise reader.error(f"metadata key {_shown(key)} occurs twice")
-        metadata[key] = reader.value(f"metadata key {_shown(key)}")
+            raise reader.error(f"metadata key {shown(key)} occurs twice")
+        metadata[key] = reader.value(f"metadata key {shown(key)}")
     _refuse_parts(metadata, reader)
     alignment = _alignment(metadata, reader)
     tensors = _tensors(reader, num_tensors, alignment)
@@ -285,27 +275,6 @@ class _Reader:
 _LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
 
 
-def _map_file(path: Path) -> mmap.mmap:
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ModelFileError(
-                f"{path}: a directory, not a model file; name the .gguf file in it"
-            )
-        # Opening a pipe would wait for its other end, and a device has no size.
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelFileError(f"{path}: not a regular file, so it cannot be mapped into memory")
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise ModelFileError(f"{path}: the file is empty; fetch it again")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelNotFoundError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelFileError(f"{path}: the file cannot be read ({reason})") from None
-
-
 def _refuse_parts(metadata: dict[str, Any], reader: _Reader) -> None:
     parts = metadata.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
@@ -324,7 +293,7 @@ def _alignment(metadata: dict[str, Any], reader: _Reader) -> int:
         or alignment & (alignment - 1)
     ):
         raise reader.error(
-            f"general.alignment is {_shown(alignment)}, where a power of two from 8 is needed"
+            f"general.alignment is {shown(alignment)}, where a power of two from 8 is needed"
         )
     return alignment
 
@@ -337,25 +306,25 @@ def _tensors(reader: _Reader, num_tensors: int, alignment: int) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for name, block_format, shape, offset, nbytes in entries:
         if name in tensors:
-            raise reader.error(f"tensor {_shown(name)} occurs twice")
+            raise reader.error(f"tensor {shown(name)} occurs twice")
         start = data_start + offset
         if start + nbytes > reader.size:
             raise reader.error(
-                f"tensor {_shown(name)} ends at byte {start + nbytes}, but the file has "
+                f"tensor {shown(name)} ends at byte {start + nbytes}, but the file has "
                 f"{reader.size} bytes: it is truncated or damaged, fetch it again"
             )
         tensors[name] = Tensor(name, block_format, shape, start, nbytes)
     in_place = sorted(tensors.values(), key=lambda tensor: tensor.offset)
     for before, after in itertools.pairwise(in_place):
         if before.offset + before.nbytes > after.offset:
-            raise reader.error(f"tensors {_shown(before.name)} and {_shown(after.name)} overlap")
+            raise reader.error(f"tensors {shown(before.name)} and {shown(after.name)} overlap")
     return tensors
 
 
 def _tensor_entry(reader: _Reader, alignment: int) -> tuple[str, Format, tuple[int, ...], int, int]:
     """Name, format, shape, offset from the start of the data, and size in bytes."""
     name = reader.name("a tensor's name")
-    what = f"tensor {_shown(name)}"
+    what = f"tensor {shown(name)}"
     num_dimensions = reader.scalar("I", what)
     if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
         raise reader.error(
@@ -386,9 +355,3 @@ def _tensor_entry(reader: _Reader, alignment: int) -> tuple[str, Format, tuple[i
             f"{what} lies at offset {offset}, not a multiple of the alignment {alignment}"
         )
     return name, block_format, sizes[::-1], offset, nbytes
-
-
-def _shown(value: object) -> str:
-    """A value from the file as an error may print it: short, no control characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
+
+import numpy.typing as npt
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 CODES = dict(zip(range(13), "BbHhIif?  Qqd", strict=True))
@@ -89,3 +92,28 @@ def small_model() -> bytes:
     ]
     data = bytes(i % 251 for i in range(320 + 288))
     return gguf(entries, tensors, data, alignment=64)
+
+
+def safetensors(
+    tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str] | None = None
+) -> bytes:
+    """A safetensors file; arrays of uint16 are bfloat16."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    data = b""
+    for name, values in tensors.items():
+        offsets = [len(data), len(data) + values.nbytes]
+        header[name] = {
+            "dtype": DTYPES[values.dtype.str[1:]],
+            "shape": values.shape,
+            "data_offsets": offsets,
+        }
+        data += values.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+DTYPES = {
+    "f4": "F32", "f2": "F16", "u2": "BF16", "i8": "I64", "i4": "I32", "i1": "I8", "u1": "U8",
+    "b1": "BOOL", "f8": "F64",
+}  # fmt: skip
