@@ -249,107 +249,52 @@ class LLM:
         yield piece  # the last one, when the queue is free again
 
     def _generate(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
-        from cyclewise.engine.sampler import Sampler
+        from cyclewise.engine.generation import Generation, advance
+        from cyclewise.text.answer import Answer
 
-        engine, sequence = self.engine, self._sequence
-        sampler = Sampler(params)
-        detokenizer = self.tokenizer.stream(prompt_ids)
-        stops = StopStrings(params.stop)
+        sequence = self._sequence
+        answer = Answer(self.tokenizer.stream(prompt_ids), params.stop)
         stop_ids = frozenset[int]() if params.ignore_eos else self.tokenizer.stop_ids
-        token_ids: list[int] = []
-        texts: list[str] = []
         finish_reason: FinishReason | None = None
 
-        start = perf_counter()
+        start = mark = perf_counter()
         # at least one token is evaluated, for its logits
         reused = min(_common_prefix(sequence.token_ids, prompt_ids), len(prompt_ids) - 1)
         sequence.truncate(reused)
-        logits = engine.evaluate(sequence, prompt_ids[reused:])
-        prefill_seconds = perf_counter() - start
-        token_id = sampler.sample(logits[0], sequence.token_ids)
-        mark = perf_counter()
-        seconds_to_first_token = mark - start
-        decode_seconds = 0.0  # without the time that the caller keeps a piece
-        num_steps = 0
-        while True:
-            text = ""
-            if token_id in stop_ids:
-                finish_reason = "stop"
-            else:
-                token_ids.append(token_id)
-                text = stops.push(detokenizer.push(token_id))
-                if stops.found:
-                    finish_reason = "stop_string"
-                elif len(token_ids) == params.max_tokens or len(sequence) == engine.context:
-                    finish_reason = "length"
-            if finish_reason is not None and not stops.found:
-                text += stops.push(detokenizer.flush())
-                text += stops.flush()
-            texts.append(text)
-            decode_seconds += perf_counter() - mark
+        generation = Generation(self.engine, sequence, prompt_ids[reused:], params, stop_ids)
+        prefill_seconds = decode_seconds = 0.0  # without the time that the caller keeps a piece
+        num_decoded = 0
+        while finish_reason is None:
+            (gained,) = advance(self.engine, [generation])
+            finish_reason = generation.finish_reason
+            if not gained and finish_reason is None:
+                continue  # the prompt goes on
+            text = answer.push(gained)
+            if answer.stopped:
+                finish_reason = "stop_string"
             if finish_reason is not None:
-                break
-            if text:
+                text += answer.end()
+            now = perf_counter()
+            if prefill_seconds:
+                num_decoded += len(gained) + (generation.finish_reason == "stop")
+                decode_seconds += now - mark
+            else:
+                prefill_seconds = now - start
+            if text and finish_reason is None:
                 yield Piece(text)
             mark = perf_counter()
-            logits = engine.evaluate(sequence, [token_id])
-            token_id = sampler.sample(logits[0], sequence.token_ids)
-            num_steps += 1
         result = Result(
-            text="".join(texts),
-            token_ids=token_ids,
+            text=answer.text,
+            token_ids=answer.token_ids,
             prompt_tokens=len(prompt_ids),
             reused_tokens=reused,
-            generated_tokens=len(token_ids),
-            seconds_to_first_token=seconds_to_first_token,
+            generated_tokens=len(answer.token_ids),
+            seconds_to_first_token=prefill_seconds,
             prefill_tokens_per_second=(len(prompt_ids) - reused) / prefill_seconds,
-            decode_tokens_per_second=num_steps / decode_seconds if num_steps else 0.0,
+            decode_tokens_per_second=num_decoded / decode_seconds if num_decoded else 0.0,
             finish_reason=finish_reason,
         )
         yield Piece(text, result)
-
-
-class StopStrings:
-    """Holds back text for as long as it may still become a stop string."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self.found = False
-        self._stop = stop
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """Add text; return what is certain to come before any stop string.
-
-        Once one is complete, `found` is set and the rest is dropped. Of several the one that is
-        complete first counts, and of those that end together the longest, so that it does not
-        matter how the text is cut into tokens.
-        """
-        if self.found:
-            return ""
-        held = self._held + text
-        ends = [
-            (place + len(stop), place) for stop in self._stop if (place := held.find(stop)) >= 0
-        ]
-        if ends:
-            self.found = True
-            self._held = ""
-            return held[: min(ends)[1]]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
-
-    def flush(self) -> str:
-        """The text held back, when no more comes."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of a text are the first of a stop string, but not all."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -5,13 +5,10 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import cyclewise.llm
 from cyclewise import LLM, CyclewiseError, Result, SamplingParams
 from cyclewise.errors import ContextLengthError, InvalidParameterError, TemplateError
-from cyclewise.llm import StopStrings
 from tests.engine.toy import BOS, END, ToyModel, ToyTemplate, ToyTokenizer, scripted
 
 GREEDY = SamplingParams(temperature=0)
@@ -127,31 +124,6 @@ def test_stop_strings(make):
         pieces = list(llm.stream(prompt, SamplingParams(temperature=0, stop=stop)))
         assert "".join(piece.text for piece in pieces) == pieces[-1].result.text == text
         assert pieces[-1].result.finish_reason == reason
-
-
-def naive_stop(text, stops):
-    """Character by character: the text before the first stop string that is complete."""
-    for end in range(1, len(text) + 1):
-        ending = [stop for stop in stops if text[:end].endswith(stop)]
-        if ending:
-            return text[: end - max(map(len, ending))], True
-    return text, False
-
-
-@settings(max_examples=120)
-@given(
-    st.lists(st.text("ab.", max_size=4), max_size=12),
-    st.lists(st.text("ab.", min_size=1, max_size=5), max_size=3),
-)
-def test_stop_strings_agree_with_the_twin(pieces, stop):
-    text, found = naive_stop("".join(pieces), stop)
-    stops = StopStrings(stop)
-    shown = ""
-    for piece in pieces:
-        shown += stops.push(piece)
-        assert text.startswith(shown)  # nothing is shown that has to be taken back
-    shown += stops.flush()
-    assert (shown, stops.found) == (text, found)
 
 
 def test_chat_turns_keep_their_cache(make):

@@ -1,15 +1,15 @@
 """READ FIRST. The engine is three lines: schedule, run, sample.
 
 Token ids come in, for a sequence whose earlier tokens lie in the KV cache; logits go out, and the
-sampler makes the next token id of them. `llm.py`, the benchmarks and perplexity all stand on
-`Engine.evaluate`:
+sampler makes the next token id of them:
 
     while any(request.num_left for request in requests):
         logits = engine.step(requests)      # schedule: who runs, on how many tokens; then run
         ... sample, or keep the logits ...
 
 A long prompt takes several steps, one after the other (chunked prefill: Agrawal et al. 2024,
-arXiv:2403.02310), and a batch may hold chunks of any sequences: `evaluate` brings one.
+arXiv:2403.02310), and a batch may hold chunks of any sequences: `generation.py` brings those that
+decode together, `evaluate` one, for benchmarks and perplexity.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ class Engine:
         tokens do not fit into the context. Ctrl-C is honoured between steps; the sequence then
         holds the tokens of the steps that are done.
         """
-        request = Request(sequence, self._check(token_ids), logits)
-        sequence.reserve(len(sequence) + request.num_left)
+        request = self.request(sequence, token_ids, logits)
         num_rows = {"last": min(1, request.num_left), "all": request.num_left, "none": 0}[logits]
         wanted = np.empty((num_rows, self.vocab_size), dtype=np.float32)
         row = 0
@@ -106,6 +105,17 @@ class Engine:
             wanted[row : row + len(rows)] = rows
             row += len(rows)
         return wanted
+
+    def request(
+        self, sequence: Sequence, token_ids: SequenceOf[int], logits: Logits = "last"
+    ) -> Request:
+        """Reserve a sequence's pages for tokens to append to it, which `step` then runs.
+
+        Raises what `evaluate` raises; nothing is reserved then.
+        """
+        checked = self._check(token_ids)
+        sequence.reserve(len(sequence) + len(checked))
+        return Request(sequence, checked, logits)
 
     def step(self, requests: list[Request]) -> npt.NDArray[np.float32]:
         """Run one step of requests whose pages are reserved, and note what of each is done.

@@ -1,0 +1,124 @@
+"""One token after another: generations, and the step that brings each of them on.
+
+A `Generation` is a sequence, a sampler and the conditions that end it; it chooses token ids and
+knows nothing of text. `advance` runs one step of the engine for any number of them at once and
+gives back what each has gained: none while its prompt is still being evaluated, one when it
+decodes, and several when tokens that were guessed (`Generation.draft`) turn out to be those that
+would have been chosen one by one. `llm.py` makes text of them, and ends at stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Literal
+
+from cyclewise.engine.engine import Engine
+from cyclewise.engine.kvcache import Sequence
+from cyclewise.engine.request import SamplingParams
+from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+Ending = Literal["stop", "length"]
+
+
+class Generation:
+    """Tokens that follow a prompt, until a token ends it or there is no more room."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequence: Sequence,
+        token_ids: SequenceOf[int],
+        params: SamplingParams,
+        stop_ids: frozenset[int],
+    ) -> None:
+        """Reserve room for what is left of a prompt; nothing runs yet.
+
+        sequence   what of the prompt lies in the KV cache already
+        token_ids  the rest of the prompt, at least one token
+        stop_ids   tokens that end the generation and are no part of it
+
+        Raises ContextLengthError if the prompt does not fit.
+        """
+        self.sequence = sequence
+        self.finish_reason: Ending | None = None
+        self.num_generated = 0
+        self.request = engine.request(sequence, token_ids)  # what the next steps run
+        self._engine = engine
+        self._max_tokens = params.max_tokens
+        self._stop_ids = stop_ids
+        self._sampler = Sampler(params)
+        self._drafted: list[int] = []
+
+    def draft(self, token_ids: SequenceOf[int]) -> None:
+        """Guess what follows the token chosen last; the next step verifies it.
+
+        To be called between a step that gained tokens and the next. Guesses beyond the context or
+        `max_tokens` are dropped. All that a step is given must fit into it.
+        """
+        last = self.request.token_ids[-1:].tolist()
+        room = self._engine.context - len(self.sequence) - 1
+        if self._max_tokens is not None:
+            room = min(room, self._max_tokens - self.num_generated - 1)
+        self._drafted = list(token_ids[: max(0, room)])
+        self.request = self._engine.request(self.sequence, last + self._drafted, "all")
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that the step which completes the request brings."""
+        return 1 + len(self._drafted)
+
+    def accept(self, logits: npt.NDArray[np.float32]) -> list[int]:
+        """Choose the next tokens, at least one unless the first ends the generation.
+
+        logits  (num_rows, vocab_size): those that follow the request's last token that was not
+                guessed, and those that follow each that was
+
+        Rows are sampled one by one for as long as the guesses come true, so that tokens and random
+        numbers are those of decoding without guesses (Leviathan et al. 2022, arXiv:2211.17192, for
+        a draft that is certain of its tokens). The sequence forgets the rest.
+        """
+        sequence = self.sequence
+        first = len(sequence) - len(self._drafted)  # tokens before the one to choose
+        token_ids = sequence.token_ids[max(0, first - REPETITION_WINDOW) : first]
+        chosen: list[int] = []
+        for row, guess in zip(logits, [*self._drafted, None], strict=True):
+            token_id = self._sampler.sample(row, token_ids)
+            if token_id in self._stop_ids:
+                self.finish_reason = "stop"
+                break
+            chosen.append(token_id)
+            token_ids.append(token_id)
+            self.num_generated += 1
+            in_cache = first + len(chosen) - 1
+            if self.num_generated == self._max_tokens or in_cache == self._engine.context:
+                self.finish_reason = "length"
+                break
+            if token_id != guess:
+                break
+        sequence.truncate(first + max(0, len(chosen) - 1))
+        self._drafted = []
+        if self.finish_reason is None:
+            self.request = self._engine.request(sequence, chosen[-1:])
+        return chosen
+
+
+def advance(engine: Engine, generations: SequenceOf[Generation]) -> list[list[int]]:
+    """Run one step of generations that have not ended; return the tokens that each has gained.
+
+    The same tokens come out in whatever company a generation runs.
+    """
+    logits = engine.step([generation.request for generation in generations])
+    gained: list[list[int]] = []
+    row = 0
+    for generation in generations:
+        if generation.request.num_left:
+            gained.append([])
+            continue
+        rows = logits[row : row + generation.num_rows]
+        row += len(rows)
+        gained.append(generation.accept(rows))
+    return gained
