@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine import costs
 from cyclewise.machine.costs import Form, MatrixShape
-from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
+from cyclewise.machine.kernels import attention, experts, linear, loop, matmul, pack, rows
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
 from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
@@ -37,6 +37,7 @@ from cyclewise.machine.kernels.layout import (
     ATTENTION,
     EMBED,
     GATED,
+    LINE,
     LINEAR,
     LINEAR_PART,
     NORM,
@@ -61,6 +62,7 @@ def load_kernels(formats: Iterable[str]) -> None:
             *(pack.pack_unit(name) for name in names),
             *(matmul.matmul_unit(name, tiles.get(name)) for name in names),
             rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
+            experts.experts_unit(),
         ]
     )  # fmt: skip
 
@@ -80,8 +82,9 @@ class Builder:
     def __init__(
         self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
         num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
-        num_threads: int, epsilon: float,
+        num_threads: int, epsilon: float, private_bytes: int = 0,
     ) -> None:  # fmt: skip
+        """`private_bytes`: what a thread has besides, from `_own_private` on."""
         self._moments: list[Moment] = []
         self._memory: list[object] = []
         self._epsilon, self._num_threads = epsilon, num_threads
@@ -96,11 +99,13 @@ class Builder:
         self._logits = self._buffer(vocab_size)
         normed_stride = -(-hidden_size // ROWS) * ROWS * 4
         quantized_stride = -(-widest // GROUP) * ACTIVATION_GROUP
-        self._private_bytes = MAX_BATCH_TOKENS * (normed_stride + quantized_stride)
+        small = MAX_BATCH_TOKENS * (normed_stride + quantized_stride)
+        self._private_bytes = -(-small // LINE) * LINE + -(-private_bytes // LINE) * LINE
         private = self._allocate(self._private_bytes * num_threads)
         self._normed = _Buffer(private, normed_stride, hidden_size, True)
         at = private + MAX_BATCH_TOKENS * normed_stride
         self._quantized = _Buffer(at, quantized_stride, widest, True)
+        self._own_private = private + -(-small // LINE) * LINE
         # One page of the cache: every layer's keys, then its values.
         self._key_bytes = num_kv_heads * head_dim * PAGE_TOKENS * 2
         self._value_bytes = num_kv_heads * self._padded_head_dim * PAGE_TOKENS * 2
@@ -115,9 +120,9 @@ class Builder:
         self._memory.append(memory)
         return int(memory.ctypes.data)
 
-    def _buffer(self, width: int) -> _Buffer:
+    def _buffer(self, width: int, num_rows: int = MAX_BATCH_TOKENS) -> _Buffer:
         stride = -(-width // ROWS) * ROWS * 4
-        return _Buffer(self._allocate(stride * MAX_BATCH_TOKENS), stride, width)
+        return _Buffer(self._allocate(stride * num_rows), stride, width)
 
     def _pointer(self, array: NDArray[np.generic] | None) -> int:
         if array is None:
@@ -350,6 +355,7 @@ class Builder:
         scratch = max(
             2 * linear.SUMS_BYTES + matmul.SCRATCH_BYTES,
             attention.scratch_bytes(group, self._padded_head_dim),
+            experts.ROUTE_SCRATCH_BYTES,
         )
         return Program(
             tuple(self._moments), self._vocab_size, self._context,

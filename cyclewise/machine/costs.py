@@ -18,7 +18,7 @@ that each chunk reads once. What a kernel reads again, from whatever cache, is n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cyclewise.machine.kernels.blocks import GROUP
@@ -87,7 +87,9 @@ class Form:
     matrices: tuple[MatrixShape, ...] = ()
     """It multiplies by them."""
     weight_bytes: int = 0
-    """Of matrices, biases and the weights of norms, read once a step."""
+    """Of matrices, biases and the weights of norms, read once a step; of experts, those of the ones
+    that one token chooses.
+    """
     bytes_per_row: int = 0
     """Of activations, read and written; and what of a table a token takes: its row of the
     embedding, its angles.
@@ -99,6 +101,24 @@ class Form:
     window: int | None = None
     """Keys that a token sees at most, its own among them."""
     of_logits: bool = False
+    num_experts: int = 0
+    """Its matrices are one expert's, and there are so many experts; 0: it has none."""
+    num_chosen: int = 0
+    """Experts that a row goes through."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's matrices."""
+        return sum(matrix.num_bytes for matrix in self.matrices) if self.num_experts else 0
+
+    def experts_read(self, rows: int) -> float:
+        """Experts that at least one of the rows chooses, on average, if each row chooses evenly and
+        on its own: E (1 - (1 - k / E)^n). A single row reads exactly those that it chooses.
+        """
+        if not self.num_experts:
+            return 0.0
+        missed: float = (1 - self.num_chosen / self.num_experts) ** rows
+        return self.num_experts * (1 - missed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +197,64 @@ def gated_form(gate: MatrixShape, up: MatrixShape, *, quantized: bool) -> Form:
     )
 
 
+def route_form(num_experts: int, num_chosen: int, *, normalize: bool) -> Form:
+    """Each choice is the largest of all; then softmax, over the chosen or over all: a difference,
+    an exponential and a part of the sum each, and a division for each chosen. An expert's number
+    and weight are written.
+    """
+    summed = num_chosen if normalize else num_experts
+    return Form(
+        operations_per_row=num_chosen * num_experts + 3 * summed + num_chosen,
+        bytes_per_row=_FLOAT * num_experts + 2 * _FLOAT * num_chosen,
+    )
+
+
+def dispatch_form(width: int, num_chosen: int, *, quantized: bool, by_row: bool) -> Form:
+    """A token's activations are written once for each chosen expert, quantized or as they are;
+    with `by_row` there are as many to begin with.
+    """
+    sources = num_chosen if by_row else 1
+    once = quantize_form(width) if quantized else Form()
+    return Form(
+        operations_per_row=once.operations_per_row * sources,
+        bytes_per_row=_FLOAT * width * sources + _input_bytes(width, quantized) * num_chosen,
+    )
+
+
+def experts_gated_form(
+    gate: MatrixShape, up: MatrixShape, num_experts: int, num_chosen: int, *, quantized: bool
+) -> Form:
+    """`gated_form` of each chosen expert."""
+    return _of_experts(gated_form(gate, up, quantized=quantized), num_experts, num_chosen)
+
+
+def experts_down_form(
+    matrix: MatrixShape, num_experts: int, num_chosen: int, *, quantized: bool
+) -> Form:
+    """A product for each chosen expert, and its weighed part in the sum, which is read and written
+    once.
+    """
+    form = _of_experts(linear_form((matrix,), quantized=quantized), num_experts, num_chosen)
+    rows = matrix.rows
+    read = _input_bytes(matrix.columns, quantized) * num_chosen
+    return replace(
+        form,
+        operations_per_row=form.operations_per_row + 2 * rows * num_chosen,
+        bytes_per_row=read + 2 * _FLOAT * rows,
+    )
+
+
+def _of_experts(form: Form, num_experts: int, num_chosen: int) -> Form:
+    return replace(
+        form,
+        operations_per_row=form.operations_per_row * num_chosen,
+        weight_bytes=form.weight_bytes * num_chosen,
+        bytes_per_row=form.bytes_per_row * num_chosen,
+        num_experts=num_experts,
+        num_chosen=num_chosen,
+    )
+
+
 def rope_form(
     num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int, *,
     query_norm: bool = False, key_norm: bool = False,
@@ -218,16 +296,24 @@ def _input_bytes(columns: int, quantized: bool) -> int:
     return columns * _FLOAT
 
 
-def cost(form: Form, batch: BatchShape) -> Cost:
-    """Evaluates a closed form for a batch; a moment left out of it costs nothing."""
+def cost(form: Form, batch: BatchShape, experts_read: int | None = None) -> Cost:
+    """Evaluates a closed form for a batch; a moment left out of it costs nothing.
+
+    `experts_read`: experts that the batch's tokens chose, where that is known; None: as many as
+    `Form.experts_read` expects.
+    """
     rows = batch.num_logits if form.of_logits else batch.num_tokens
     if not rows:
         return Cost(form.unit, 0, 0, 0, 0)
+    weight_bytes = form.weight_bytes
+    if form.num_experts:
+        read = form.experts_read(rows) if experts_read is None else experts_read
+        weight_bytes += round(form.expert_bytes * (read - form.num_chosen))
     return Cost(
         unit=form.unit,
         operations=form.operations_per_row * rows
         + form.operations_per_pair * batch.num_pairs(form.window),
-        weight_bytes=form.weight_bytes,
+        weight_bytes=weight_bytes,
         activation_bytes=form.bytes_per_row * rows,
         kv_bytes=form.kv_bytes_per_row * rows + form.kv_bytes_per_key * batch.num_keys(form.window),
     )

@@ -278,6 +278,10 @@ class Machine:
                 tiles = num_logits
             case "queries":
                 tiles = num_blocks * moment.tiles_per_block
+            case "experts":
+                form = moment.form
+                chosen = min(form.num_experts, num_tokens * form.num_chosen)
+                tiles = chosen * moment.tiles_per_block
             case int(number):
                 tiles = number
         if moment.of_logits and not num_logits:

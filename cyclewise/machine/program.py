@@ -16,7 +16,7 @@ from cyclewise.machine.costs import Form
 from cyclewise.machine.names import layer_of
 
 MomentClass = Literal["matmul", "activation", "memory"]
-Tiles = Literal["tokens", "logits", "queries"]
+Tiles = Literal["tokens", "logits", "queries", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,11 @@ class Moment:
     form: Form
     """What it costs."""
     tiles: Tiles | int
-    """What its tiles are: one a token, a row of logits or a query block and key-value head, or a
-    fixed number.
+    """What its tiles are: one a token or a row of logits; some of each query block, or of each
+    expert that the tokens can choose; or a fixed number.
     """
     tiles_per_block: int = 1
-    """Tiles of a query block."""
+    """Tiles of a query block or an expert."""
     replicable: bool = False
     """In a small batch every thread computes it for itself."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ _MAX_SIZE = 2**63 - 1
 # The fewest bytes that one entry can take: a count beyond what the file holds is refused at once.
 _MIN_METADATA_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
+_EXPERTS = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))_exps\.weight")
+_MAX_EXPERTS = 1024
 _LENGTH = struct.Struct("<Q")
 # As long as a length. ASCII, so that it neither mends nor breaks a neighbour's UTF-8; all its bytes
 # differ, so that it cannot begin inside one of its own occurrences.
@@ -142,7 +145,7 @@ def parse(buffer: bytes | mmap.mmap, where: str) -> Header:
         metadata[key] = reader.value(f"metadata key {shown(key)}")
     _refuse_parts(metadata, reader)
     alignment = _alignment(metadata, reader)
-    tensors = _tensors(reader, num_tensors, alignment)
+    tensors = _with_experts(_tensors(reader, num_tensors, alignment), reader)
     return Header(version, alignment, metadata, tensors)
 
 
@@ -319,6 +322,29 @@ def _tensors(reader: _Reader, num_tensors: int, alignment: int) -> dict[str, Ten
         if before.offset + before.nbytes > after.offset:
             raise reader.error(f"tensors {shown(before.name)} and {shown(after.name)} overlap")
     return tensors
+
+
+def _with_experts(tensors: dict[str, Tensor], reader: _Reader) -> dict[str, Tensor]:
+    """The tensors with those of experts (experts, rows, columns) as one matrix for each expert."""
+    found: dict[str, Tensor] = {}
+    for tensor in tensors.values():
+        match = _EXPERTS.fullmatch(tensor.name)
+        if match is None or len(tensor.shape) != 3:
+            found[tensor.name] = tensor
+            continue
+        count = tensor.shape[0]
+        if count > _MAX_EXPERTS:
+            raise UnsupportedModelError(
+                f"{reader.where}: tensor {shown(tensor.name)} holds {count} experts; "
+                f"at most {_MAX_EXPERTS} can be read"
+            )
+        nbytes = tensor.nbytes // count
+        for expert in range(count):
+            name, offset = f"{match[1]}.{expert}.weight", tensor.offset + expert * nbytes
+            if name in tensors:
+                raise reader.error(f"tensor {shown(name)} is also part of {shown(tensor.name)}")
+            found[name] = Tensor(name, tensor.format, tensor.shape[1:], offset, nbytes)
+    return found
 
 
 def _tensor_entry(reader: _Reader, alignment: int) -> tuple[str, Format, tuple[int, ...], int, int]:

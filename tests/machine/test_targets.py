@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 
 from cyclewise.errors import InvalidParameterError
-from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, probes, rows, stream
+from cyclewise.machine.kernels import (
+    attention,
+    experts,
+    linear,
+    loop,
+    matmul,
+    pack,
+    probes,
+    rows,
+    stream,
+)
 from cyclewise.machine.kernels.compiler import assembly
 from cyclewise.machine.kernels.target import host_target, make_target
 from tests.machine.kernel_calls import FORMATS
@@ -39,6 +49,7 @@ KERNEL_TESTS = (
     "rows",
     "attention",
     "linear",
+    "experts",
     "loop",
     "clocked_loop",
     "machine",
@@ -47,7 +58,8 @@ KERNEL_TESTS = (
 UNITS = [
     *(matmul.matmul_unit(name) for name in FORMATS),
     *(pack.pack_unit(name) for name in FORMATS),
-    rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
+    rows.rows_unit(), linear.linear_unit(), experts.experts_unit(), attention.attention_unit(),
+    loop.loop_unit(),
     stream.stream_unit(), loop.clocked_loop_unit(), probes.probes_unit(),
 ]  # fmt: skip
 

@@ -225,6 +225,33 @@ def test_unknown_block_format(ggml_id, name):
         parse(content, "model.gguf")
 
 
+def experts(*tensors: bytes, nbytes: int) -> Header:
+    return parse(build.gguf(tensors=list(tensors), data=bytes(nbytes)), "moe.gguf")
+
+
+def test_experts_are_listed_one_by_one():
+    name = "blk.7.ffn_gate_exps.weight"
+    header = experts(build.tensor(name, (32, 5, 3), 8), nbytes=3 * 5 * 34)
+    assert list(header.tensors) == [f"blk.7.ffn_gate.{i}.weight" for i in range(3)]
+    start = header.tensors["blk.7.ffn_gate.0.weight"].offset
+    for i, each in enumerate(header.tensors.values()):
+        assert (each.shape, each.nbytes, each.offset) == ((5, 32), 170, start + i * 170)
+    # Other names and shapes stay what they are.
+    others = experts(
+        build.tensor("blk.0.other_exps.weight", (2, 2, 2)),
+        build.tensor("blk.0.ffn_up_exps.weight", (8,), offset=32), nbytes=64,
+    )  # fmt: skip
+    assert [t.shape for t in others.tensors.values()] == [(2, 2, 2), (8,)]
+
+
+def test_experts_that_cannot_be():
+    stacked, one = "blk.0.ffn_up_exps.weight", "blk.0.ffn_up.1.weight"
+    with pytest.raises(ModelFileError, match=r"'blk.0.ffn_up.1.weight' is also part of"):
+        experts(build.tensor(stacked, (2, 2, 2)), build.tensor(one, (2, 2), offset=32), nbytes=64)
+    with pytest.raises(UnsupportedModelError, match="holds 1025 experts"):
+        experts(build.tensor(stacked, (1, 1, 1025)), nbytes=4100)
+
+
 def test_part_of_a_split_model():
     with pytest.raises(UnsupportedModelError, match="one of 3 parts"):
         parse(build.gguf([build.entry("split.count", 2, 3)]), "model.gguf")

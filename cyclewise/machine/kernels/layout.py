@@ -43,6 +43,27 @@ GATED = (
     "x", "x_stride", "x_private", "columns", "out", "out_stride",
     "gate_kernel", "gate", "gate_tile_bytes", "up_kernel", "up", "up_tile_bytes",
 )  # fmt: skip
+ROUTE = (
+    "logits", "logits_stride", "num_experts", "num_chosen", "normalize",
+    "slots", "places", "row_tokens", "row_weights",
+)  # fmt: skip
+DISPATCH = (
+    "x", "x_stride", "x_private", "columns", "out", "row_bytes", "num_chosen", "places",
+    "quantize", "by_row",
+)  # fmt: skip
+EXPERTS_GATED = (
+    "slots", "x", "row_bytes", "columns", "out", "out_stride", "num_tiles",
+    "gate_kernel", "gates", "gate_tile_bytes", "up_kernel", "ups", "up_tile_bytes",
+)  # fmt: skip
+EXPERTS_DOWN = (
+    "slots", "x", "x_private", "row_bytes", "columns", "out", "out_stride",
+    "kernel", "matrices", "tile_bytes", "row_tokens", "row_weights",
+)  # fmt: skip
+SLOT = ("expert", "first_row", "num_rows")
+"""An expert that tokens of the batch chose, and its rows in the order of experts. What `slots`
+points to begins with their number."""
+PLACE = ("row", "first_row", "num_rows")
+"""int32: where a token lies with one of the experts that it chose, and that expert's rows."""
 ROPE = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim", "rope_dim",
     "cosines", "sines", "scale", "query_norm", "key_norm", "epsilon", "keys", "values",

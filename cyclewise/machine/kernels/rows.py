@@ -82,7 +82,6 @@ def _quantize(
 ) -> None:
     m, b = Record(emitter, moment, QUANTIZE), Record(emitter, batch, BATCH)
     t = Record(emitter, thread, THREAD)
-    floats = vector(F32, LANES)
     groups = m.columns >> 5
     count = m.of_logits.differs(0).select(b.num_logits, b.num_tokens)
     layout = ActivationLayout(emitter, m.out + t.private * m.out_private, groups, count)
@@ -90,31 +89,36 @@ def _quantize(
         x = m.x + t.private * m.x_private + row * m.x_stride
         out = layout.token(row)
         with emitter.range(0, groups) as group:
-            at, to = x + group * 128, out + group * layout.group_stride
-            halves = [emitter.load(at + 64 * half, floats) for half in (0, 1)]
-            largest = emitter.fold(
-                emitter.maximum(*[absolute(emitter, half) for half in halves]), emitter.maximum
-            )
-            scale = largest / 127.0
-            zero = emitter.constant(0.0, F32)
-            inverse = emitter.splat((largest > 0.0).select(127.0 / largest, zero), LANES)
-            lane_sums = []
-            for half in (0, 1):
-                codes = round_to_int(emitter, halves[half] * inverse)
-                emitter.store(to + 16 * half, emitter.cast(codes, vector(I8, LANES), "trunc"))
-                lane_sums.append(_lane_sums(emitter, codes))
-            sums = [pair[0] + pair[1] for pair in lane_sums]
-            total = sums[0] + sums[1]
-            emitter.store(to + AT_SCALE, scale)
-            emitter.store(to + AT_SCALED_SUM, scale * emitter.cast(total, F32, "sitofp"))
-            emitter.store(to + AT_SUM, total * -8)
-            for i in (0, 1):
-                whole = lane_sums[0][i] + lane_sums[1][i]
-                emitter.store(to + AT_HALF_SUMS + 2 * i, emitter.cast(sums[i] * -8, I16, "trunc"))
-                emitter.store(to + AT_LANE_SUMS + 2 * i, emitter.cast(whole * -16, I16, "trunc"))
-                for half in (0, 1):
-                    small = emitter.cast(lane_sums[half][i] * -32, I16, "trunc")
-                    emitter.store(to + AT_HALF_LANE_SUMS + 4 * half + 2 * i, small)
+            quantize_group(emitter, x + group * 128, out + group * layout.group_stride)
+
+
+def quantize_group(emitter: Emitter, at: Value, to: Value) -> None:
+    """32 float32 at `at` become an activation group at `to`."""
+    floats = vector(F32, LANES)
+    halves = [emitter.load(at + 64 * half, floats) for half in (0, 1)]
+    largest = emitter.fold(
+        emitter.maximum(*[absolute(emitter, half) for half in halves]), emitter.maximum
+    )
+    scale = largest / 127.0
+    zero = emitter.constant(0.0, F32)
+    inverse = emitter.splat((largest > 0.0).select(127.0 / largest, zero), LANES)
+    lane_sums = []
+    for half in (0, 1):
+        codes = round_to_int(emitter, halves[half] * inverse)
+        emitter.store(to + 16 * half, emitter.cast(codes, vector(I8, LANES), "trunc"))
+        lane_sums.append(_lane_sums(emitter, codes))
+    sums = [pair[0] + pair[1] for pair in lane_sums]
+    total = sums[0] + sums[1]
+    emitter.store(to + AT_SCALE, scale)
+    emitter.store(to + AT_SCALED_SUM, scale * emitter.cast(total, F32, "sitofp"))
+    emitter.store(to + AT_SUM, total * -8)
+    for i in (0, 1):
+        whole = lane_sums[0][i] + lane_sums[1][i]
+        emitter.store(to + AT_HALF_SUMS + 2 * i, emitter.cast(sums[i] * -8, I16, "trunc"))
+        emitter.store(to + AT_LANE_SUMS + 2 * i, emitter.cast(whole * -16, I16, "trunc"))
+        for half in (0, 1):
+            small = emitter.cast(lane_sums[half][i] * -32, I16, "trunc")
+            emitter.store(to + AT_HALF_LANE_SUMS + 4 * half + 2 * i, small)
 
 
 def _lane_sums(emitter: Emitter, codes: Value) -> tuple[Value, Value]:
