@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine import costs
 from cyclewise.machine.costs import Form, MatrixShape
-from cyclewise.machine.kernels import attention, experts, linear, loop, matmul, pack, rows
+from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
 from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
@@ -62,7 +62,6 @@ def load_kernels(formats: Iterable[str]) -> None:
             *(pack.pack_unit(name) for name in names),
             *(matmul.matmul_unit(name, tiles.get(name)) for name in names),
             rows.rows_unit(), linear.linear_unit(), attention.attention_unit(), loop.loop_unit(),
-            experts.experts_unit(),
         ]
     )  # fmt: skip
 
@@ -88,6 +87,7 @@ class Builder:
         self._moments: list[Moment] = []
         self._memory: list[object] = []
         self._epsilon, self._num_threads = epsilon, num_threads
+        self._scratch_bytes = 0
         self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._padded_head_dim = -(-head_dim // ROWS) * ROWS
         self._vocab_size, self._context = vocab_size, context_length
@@ -355,7 +355,7 @@ class Builder:
         scratch = max(
             2 * linear.SUMS_BYTES + matmul.SCRATCH_BYTES,
             attention.scratch_bytes(group, self._padded_head_dim),
-            experts.ROUTE_SCRATCH_BYTES,
+            self._scratch_bytes,
         )
         return Program(
             tuple(self._moments), self._vocab_size, self._context,

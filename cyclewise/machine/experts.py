@@ -23,8 +23,15 @@ from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine import costs
 from cyclewise.machine.builder import Builder, _Buffer, _shape
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
+from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP, QUAD
-from cyclewise.machine.kernels.experts import MAX_EXPERTS, PLACE_BYTES, SLOT_BYTES
+from cyclewise.machine.kernels.experts import (
+    MAX_EXPERTS,
+    PLACE_BYTES,
+    ROUTE_SCRATCH_BYTES,
+    SLOT_BYTES,
+    experts_unit,
+)
 from cyclewise.machine.kernels.layout import DISPATCH, EXPERTS_DOWN, EXPERTS_GATED, LINE, ROUTE
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.packing import Matrix
@@ -70,6 +77,8 @@ class ExpertBuilder(Builder):
             hidden_size=hidden_size, private_bytes=sum(sizes_in_lines.values()), **sizes
         )
         self._shape = shape
+        self._scratch_bytes = ROUTE_SCRATCH_BYTES
+        host_compiler().load([experts_unit()])
         at = self._own_private
         self._addresses: dict[str, int] = {}
         for name, size in sizes_in_lines.items():
