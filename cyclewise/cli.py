@@ -26,6 +26,7 @@ from cyclewise.options import (
     ModelName,
     Threads,
     load,
+    parse_size,
     print_json,
 )
 
@@ -276,11 +277,12 @@ def chat(
 
 @_models.callback(invoke_without_command=True)
 def models(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List known and cached models, or remove one.
+    """List known and cached models, or remove what is cached.
 
     \b
       cyclewise models
       cyclewise models rm smollm2
+      cyclewise models prune
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -323,6 +325,34 @@ def remove(model: ModelName) -> None:
     from cyclewise.weights import sources
 
     print(f"removed {model}: {terminal.size(sources.remove(model))} freed")
+
+
+@_models.command("prune")
+def prune(
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="SIZE", help="How much may stay: 0, 500MB, 8GB.")
+    ] = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Remove packed weights, which make the next start of a model quick.
+
+    Those of models that have changed or are gone go first, then the least recently used, until no
+    more than SIZE is left. Models stay; their weights are packed again when they are next loaded.
+
+    \b
+      cyclewise models prune
+      cyclewise models prune --keep 8GB
+    """
+    from cyclewise import terminal
+    from cyclewise.machine import packed
+
+    removed = packed.prune(parse_size(keep, "--keep"))
+    freed, left = sum(e.nbytes for e in removed), sum(e.nbytes for e in packed.kept())
+    if as_json:
+        paths = [str(entry.path) for entry in removed]
+        print_json({"removed": paths, "freed_bytes": freed, "kept_bytes": left})
+        return
+    print(f"packed weights: {terminal.size(freed)} freed, {terminal.size(left)} kept")
 
 
 @app.command()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cyclewise.errors import InvalidParameterError
+
 if TYPE_CHECKING:
     from cyclewise.models import Model
 
@@ -50,3 +52,13 @@ def print_json(value: object) -> None:
     import json
 
     print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size like 0, 500MB or 8GB, of powers of 1,000."""
+    import re
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise InvalidParameterError(f"{option} is {text!r}; a size is like 0, 500MB or 8GB.")
+    return int(float(found[1]) * 1000 ** ("kmgt".index(found[2]) + 1 if found[2] else 0))

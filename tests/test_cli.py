@@ -204,6 +204,17 @@ def test_models(cache):
     assert smollm2["bytes"] == 98_362_432
 
 
+def test_pruning_packed_weights(cache):
+    folder = cache / "packed"
+    folder.mkdir(parents=True)
+    (folder / "model-0123456789ab.packed").write_bytes(bytes(3_000_000))
+    told = json.loads(call("models", "prune", "--keep", "8GB", "--json").stdout)
+    assert told["freed_bytes"] == 3_000_000 and told["kept_bytes"] == 0  # it is of no model
+    assert call("models", "prune").stdout == "packed weights: 0.0 MB freed, 0.0 MB kept\n"
+    refused = process("models", "prune", "--keep", "much")
+    assert refused.returncode == 2 and "--keep is 'much'" in refused.stderr
+
+
 def test_info(toy):
     model = toy()
     model.path = "toy.gguf"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +43,8 @@ def synthetic_program(
     """
     shape = replace(SHAPE, num_layers=num_layers, context_length=context)
     load_kernels({default, *formats.values()})
-    weights = Weights(_SyntheticFile(shape, default, formats), available_cpus())
-    try:
+    with Weights(_SyntheticFile(shape, default, formats), available_cpus()) as weights:
         return build(shape, weights, num_threads)
-    finally:
-        weights.close()
 
 
 class _SyntheticFile(GGUFFile):
@@ -72,6 +70,10 @@ class _SyntheticFile(GGUFFile):
             max(tensor.nbytes for tensor in self.tensors.values()), 0x24, np.uint8
         )
         self._ones = np.ones(hidden, np.float32).view(np.uint8)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return ()
 
     def data(self, name: str) -> NDArray[np.uint8]:
         tensor = self.tensors[name]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import mmap
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from cyclewise.errors import InvalidParameterError, ModelFileError
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
+from cyclewise.machine.packed import Arena, open_arena
 from cyclewise.weights.source import Source, SourceTensor
 
 _HUGE_PAGE = 2 * 1024 * 1024
@@ -79,9 +83,10 @@ class Weights:
         self._source = source
         self._pool = ThreadPoolExecutor(num_threads)
         self._num_threads = num_threads
-        self._memory: list[NDArray[np.float32]] = []
-        total = sum(_packed_bytes(tensor) for tensor in source.tensors.values())
-        self._arena = allocate(total)
+        self._memory: list[NDArray[np.generic]] = []
+        self._total = sum(_packed_bytes(tensor) for tensor in source.tensors.values())
+        self._arena = open_arena(source.files, source.variant, self._total)
+        self._index: list[list[object]] = []
         self._used = 0
 
     def __contains__(self, name: str) -> bool:
@@ -109,16 +114,36 @@ class Weights:
         order = np.arange(rows, dtype=np.int32) if row_order is None else row_order
         formats = [self._tensor(name, shape).format.name for name in names]
         sizes = [tile_bytes(format_, columns) for format_ in formats]
-        start = self._arena.ctypes.data + self._used
+        entry = [self._used, list(names), formats, rows, columns, zlib.crc32(order.tobytes())]
+        kept = self._is_kept(entry)
+        start = self._arena.memory.ctypes.data + self._used
         matrices = [
             Matrix(name, format_, rows, columns, start + sum(sizes[:i]), sum(sizes))
             for i, (name, format_) in enumerate(zip(names, formats, strict=True))
         ]
         self._used += -(-sum(matrix.num_bytes for matrix in matrices) // 64) * 64
-        assert self._used <= self._arena.nbytes
-        for matrix in matrices:
-            self._fill(matrix, order)
+        assert self._used <= self._arena.memory.nbytes
+        self._index.append(entry)
+        if not kept:
+            for matrix in matrices:
+                self._fill(matrix, order)
         return matrices
+
+    def _is_kept(self, entry: list[object]) -> bool:
+        """Whether the arena holds what is to be packed next. If it holds something else, another
+        version kept it: from here on an arena of our own is filled.
+        """
+        index = self._arena.index
+        if index is None:
+            return False
+        place = len(self._index)
+        if place < len(index) and index[place] == entry:
+            return True
+        self._arena.drop()
+        self._memory.append(self._arena.memory)
+        self._arena = Arena(allocate(self._total))
+        entry[0] = self._used = 0
+        return False
 
     def _fill(self, matrix: Matrix, order: NDArray[np.int32]) -> None:
         source = self._source.data(matrix.name)
@@ -162,9 +187,22 @@ class Weights:
         self._memory.append(array)
         return array
 
-    def close(self) -> None:
-        """Ends the packing threads; the packed weights stay."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends the packing; the packed weights stay, and are kept for the next start."""
         self._pool.shutdown()
+        if self._arena.index is None:
+            if error is None:
+                self._arena.keep(self._index, self._used)
+            else:
+                self._arena.drop()
 
     def _tensor(self, name: str, shape: Sequence[int]) -> SourceTensor:
         tensor = self._source.tensors.get(name)

@@ -80,12 +80,9 @@ def load_model(
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
         config = read_config(source.metadata, architecture, table.shape[0], context)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
-        weights = Weights(source, available_cpus())
-        try:
+        with Weights(source, available_cpus()) as weights:
             build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]
             program = build(config, weights, available_cpus())
-        finally:
-            weights.close()
         formats: dict[str, int] = {}
         for tensor in source.tensors.values():
             formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes

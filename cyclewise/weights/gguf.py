@@ -103,6 +103,16 @@ class GGUFFile:
         self.metadata = header.metadata
         self.tensors = header.tensors
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file itself."""
+        return (self.path,)
+
+    @property
+    def variant(self) -> str:
+        """Nothing is made of the weights."""
+        return ""
+
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """A read-only view of the tensor's `nbytes` bytes, one-dimensional; nothing is copied."""
         tensor = self.tensors[name]

@@ -8,7 +8,7 @@ one matrix each: `blk.0.ffn_gate.3.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -42,6 +42,18 @@ class Source(Protocol):
     @property
     def path(self) -> Path:
         """What the user named, for messages."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Every file that it reads: as long as they do not change, neither do its tensors. None: it
+        is of no file.
+        """
+
+    @property
+    def variant(self) -> str:
+        """What it makes of the files' weights, such as `quantize=q8_0`; empty: they are as they
+        are.
+        """
 
     @property
     def metadata(self) -> dict[str, Any]:

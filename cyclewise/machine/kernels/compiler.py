@@ -43,7 +43,8 @@ def _initialize() -> None:
 
 
 @cache
-def _source_hash() -> str:
+def kernels_hash() -> str:
+    """Of the sources of this folder: what they wrote or packed is of no use to others."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -107,7 +108,7 @@ class Compiler:
     @property
     def key(self) -> str:
         """Changes with the kernels' sources, the LLVM version and the target."""
-        versions = (_source_hash(), binding.llvm_version_info, self.target)
+        versions = (kernels_hash(), binding.llvm_version_info, self.target)
         return hashlib.sha256(repr(versions).encode()).hexdigest()[:20]
 
     @property
