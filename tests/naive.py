@@ -168,6 +168,21 @@ def silu(x: NDArray[Any]) -> Doubles:
         return np.asanyarray(x / (1 + np.exp(-x)), np.float64)
 
 
+def gelu(x: NDArray[Any]) -> Doubles:
+    """GELU by way of tanh, which is 2 * sigmoid(2y) - 1."""
+    x = np.asanyarray(x, np.float64)
+    slope = -2 * np.sqrt(2 / np.pi)
+    with np.errstate(over="ignore"):
+        return np.asanyarray(x / (1 + np.exp(x * (x * x * (slope * 0.044715) + slope))), np.float64)
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu}
+
+
+def softcap(x: NDArray[Any], cap: float) -> Doubles:
+    return np.asanyarray(np.tanh(np.asanyarray(x, np.float64) / cap) * cap, np.float64)
+
+
 def to_half(x: Floats) -> NDArray[np.float16]:
     """float16, ties to even; what it cannot hold becomes its largest value."""
     return np.clip(x, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)

@@ -17,7 +17,7 @@ from cyclewise.machine.builder import load_kernels
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.packing import Weights
 from cyclewise.machine.program import Program
-from cyclewise.models.config import Config
+from cyclewise.models.config import Config, Rope
 from cyclewise.models.llama import build
 from cyclewise.weights.formats import FORMATS
 from cyclewise.weights.gguf import GGUFFile, Tensor
@@ -25,7 +25,8 @@ from cyclewise.weights.gguf import GGUFFile, Tensor
 SHAPE = Config(
     architecture="llama", name="SmolLM2-135M", num_layers=30, hidden_size=576, num_heads=9,
     num_kv_heads=3, head_dim=64, feed_forward=1536, vocab_size=49152, context_length=1024,
-    trained_context=1024, norm_epsilon=1e-5, rope_dim=64, rope_base=1e5, rope_scaling=1.0,
+    trained_context=1024, norm_epsilon=1e-5, rope=Rope(64, 1e5, neighbours=True),
+    query_scale=64**-0.5,
 )  # fmt: skip
 
 

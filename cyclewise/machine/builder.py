@@ -12,6 +12,7 @@ Buffers, float32 unless said otherwise, one row a token:
     quantized  (tokens, groups, 60 bytes)   int8 activations (`kernels/dot.py`)
     qkv        (tokens, heads + 2 kv_heads, head_dim)
     attended   (tokens, heads, head_dim)
+    projected  (tokens, hidden)             what a norm follows
     gated      (tokens, feed-forward)
     logits     (logit rows, vocabulary)
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,11 +46,15 @@ from cyclewise.machine.kernels.layout import (
     PAGE_TOKENS,
     QUANTIZE,
     ROPE,
+    SOFTCAP,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.packing import Matrix, allocate
 from cyclewise.machine.profile import load_tuning
 from cyclewise.machine.program import Moment, MomentClass, Program, Tiles
+
+Activation = Literal["silu", "gelu"]
+"""What opens a feed-forward's gate."""
 
 
 def load_kernels(formats: Iterable[str]) -> None:
@@ -95,6 +101,7 @@ class Builder:
         self._hidden = self._buffer(hidden_size)
         self._qkv = self._buffer((num_heads + 2 * num_kv_heads) * head_dim)
         self._attended = self._buffer(num_heads * head_dim)
+        self._projected = self._buffer(hidden_size)
         self._gated = self._buffer(feed_forward)
         self._logits = self._buffer(vocab_size)
         normed_stride = -(-hidden_size // ROWS) * ROWS * 4
@@ -148,31 +155,41 @@ class Builder:
 
     # Moments
 
-    def embed(self, name: str, table: Matrix) -> None:
-        """hidden = table[token ids]"""
+    def embed(self, name: str, table: Matrix, *, scale: float = 1.0) -> None:
+        """hidden = scale * table[token ids]"""
         assert table.num_rows == self._vocab_size and table.num_columns == self._hidden.width
         values = {
             "row_kernel": self._kernel(table, "row"), "table": table.address,
             "tile_bytes": table.stride, "columns": table.num_columns,
-            "out": self._hidden.address, "out_stride": self._hidden.stride,
+            "out": self._hidden.address, "out_stride": self._hidden.stride, "scale": _bits(scale),
         }  # fmt: skip
-        form = costs.embed_form(table.num_columns, table.tile_bytes // ROWS)
+        row_bytes = table.tile_bytes // ROWS
+        form = costs.embed_form(table.num_columns, row_bytes, scaled=scale != 1.0)
         self._add(name, "memory", "embed", EMBED, values, "tokens", form)
 
     def norm(self, name: str, weight: NDArray[np.float32], *, of_logits: bool = False) -> None:
         """normed = RMSNorm(hidden) * weight, of all tokens or of those that need logits."""
-        width = self._hidden.width
-        assert weight.size == self._hidden.stride // 4
-        values = {
-            "x": self._hidden.address, "x_stride": self._hidden.stride,
-            "weight": self._pointer(weight), "width": width, "padded_width": weight.size,
-            "epsilon": _bits(self._epsilon),
-            "out": self._normed.address, "out_stride": self._normed.stride,
-            "of_logits": int(of_logits), "out_private": 1,
-        }  # fmt: skip
+        values = self._norm_record(weight, self._hidden, self._normed, of_logits=of_logits)
         tiles: Tiles = "logits" if of_logits else "tokens"
-        form = costs.norm_form(width, of_logits=of_logits)
+        form = costs.norm_form(self._hidden.width, of_logits=of_logits)
         self._add(name, "activation", "norm", NORM, values, tiles, form, replicable=True)
+
+    def add_norm(self, name: str, weight: NDArray[np.float32]) -> None:
+        """hidden += RMSNorm(projected) * weight"""
+        values = self._norm_record(weight, self._projected, self._hidden)
+        form = costs.norm_form(self._hidden.width, add=True)
+        self._add(name, "activation", "add_norm", NORM, values, "tokens", form)
+
+    def _norm_record(
+        self, weight: NDArray[np.float32], x: _Buffer, out: _Buffer, *, of_logits: bool = False
+    ) -> dict[str, int]:
+        assert weight.size == x.stride // 4 == out.stride // 4 and not x.private
+        return {
+            "x": x.address, "x_stride": x.stride,
+            "weight": self._pointer(weight), "width": x.width, "padded_width": weight.size,
+            "epsilon": _bits(self._epsilon), "out": out.address, "out_stride": out.stride,
+            "of_logits": int(of_logits), "out_private": int(out.private),
+        }  # fmt: skip
 
     def qkv(
         self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None]
@@ -181,20 +198,41 @@ class Builder:
         assert sum(matrix.num_rows for matrix in matrices) == self._qkv.width
         self._linear(name, matrices, biases, self._normed, self._qkv)
 
-    def project(self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None) -> None:
-        """hidden += matrix . attended + bias"""
-        self._linear(name, [matrix], [bias], self._attended, self._hidden, add=True)
+    def project(
+        self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None, *,
+        apart: bool = False,
+    ) -> None:  # fmt: skip
+        """hidden += matrix . attended + bias; `apart`: projected = matrix . attended + bias"""
+        self._onto_hidden(name, matrix, bias, self._attended, apart)
 
-    def down(self, name: str, matrix: Matrix) -> None:
-        """hidden += matrix . gated"""
-        self._linear(name, [matrix], [None], self._gated, self._hidden, add=True)
+    def down(
+        self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None, *,
+        apart: bool = False,
+    ) -> None:  # fmt: skip
+        """hidden += matrix . gated + bias; `apart`: projected = matrix . gated + bias"""
+        self._onto_hidden(name, matrix, bias, self._gated, apart)
+
+    def _onto_hidden(
+        self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None, source: _Buffer,
+        apart: bool,
+    ) -> None:  # fmt: skip
+        out = self._projected if apart else self._hidden
+        self._linear(name, [matrix], [bias], source, out, add=not apart)
 
     def output(self, name: str, matrix: Matrix) -> None:
         """logits = matrix . normed, of the tokens that need logits"""
         self._linear(name, [matrix], [None], self._normed, self._logits, of_logits=True)
 
-    def gated(self, name: str, gate: Matrix, up: Matrix) -> None:
-        """gated = silu(gate . normed) * (up . normed)"""
+    def softcap(self, name: str, cap: float) -> None:
+        """logits = cap * tanh(logits / cap), of the tokens that need logits"""
+        logits = self._logits
+        values = {"x": logits.address, "x_stride": logits.stride, "cap": _bits(cap)}
+        form = costs.softcap_form(logits.width)
+        num_tiles = -(-logits.width // ROWS)
+        self._add(name, "activation", "softcap", SOFTCAP, values, num_tiles, form)
+
+    def gated(self, name: str, gate: Matrix, up: Matrix, activation: Activation) -> None:
+        """gated = activation(gate . normed) * (up . normed)"""
         assert gate.num_rows == up.num_rows == self._gated.width
         source = self._input(name, [gate, up], self._normed)
         values = {
@@ -206,8 +244,8 @@ class Builder:
             "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.stride,
         }  # fmt: skip
         quantized = source is self._quantized
-        form = costs.gated_form(_shape(gate), _shape(up), quantized=quantized)
-        self._add(name, "matmul", "gated", GATED, values, gate.num_tiles, form)
+        form = costs.gated_form(_shape(gate), _shape(up), activation, quantized=quantized)
+        self._add(name, "matmul", f"gated_{activation}", GATED, values, gate.num_tiles, form)
 
     def rope(
         self, name: str, layer: int, cosines: NDArray[np.float32] | None,
@@ -365,7 +403,7 @@ class Builder:
 
 
 def _bits(value: float) -> int:
-    """Of a float32."""
+    """A float32 as a record's field."""
     return int(np.float32(value).view(np.int32))
 
 

@@ -6,10 +6,9 @@ clock divides what comes out by the machine's roofs.
 *Operations* are those of the model's arithmetic over its true rows and columns, not over the
 padding of a kernel: a multiply-add is two; an addition, multiplication, division, maximum, square
 root, rounding, magnitude, negation, exponential or hyperbolic tangent is one; a sum of n terms is
-n. Reading a format
-(unpacking codes, scaling groups, widening float16) is no operation but a kernel's way to the
-weight; converting, clamping and guarding against zero are none either, nor is a pair that the
-causal mask or a window hides.
+n. Reading a format (unpacking codes, scaling groups, widening float16) is no operation but a
+kernel's way to the weight; converting, clamping and guarding against zero are none either, nor is a
+pair that the causal mask or a window hides.
 
 *Bytes* are those that must move: weights once a step, packed as they are streamed, with biases and
 the weights of norms; activations in and out once; keys and values that are written, and those
@@ -141,19 +140,26 @@ class Cost:
 _FLOAT, _HALF = 4, 2
 
 
-def embed_form(width: int, row_bytes: int) -> Form:
+def embed_form(width: int, row_bytes: int, *, scaled: bool = False) -> Form:
     """A packed row of `row_bytes` becomes `width` float32."""
-    return Form(bytes_per_row=row_bytes + _FLOAT * width)
+    return Form(operations_per_row=scaled * width, bytes_per_row=row_bytes + _FLOAT * width)
 
 
-def norm_form(width: int, *, of_logits: bool = False) -> Form:
-    """Squares and their sum, mean, epsilon, root; a division and a multiplication a column."""
+def norm_form(width: int, *, of_logits: bool = False, add: bool = False) -> Form:
+    """Squares and their sum, mean, epsilon, root; a division and a multiplication a column; with
+    `add` onto what was there.
+    """
     return Form(
-        operations_per_row=4 * width + 3,
+        operations_per_row=(4 + add) * width + 3,
         weight_bytes=_FLOAT * width,
-        bytes_per_row=2 * _FLOAT * width,
+        bytes_per_row=(2 + add) * _FLOAT * width,
         of_logits=of_logits,
     )
+
+
+def softcap_form(width: int) -> Form:
+    """A division, a hyperbolic tangent and a multiplication a column."""
+    return Form(operations_per_row=3 * width, bytes_per_row=2 * _FLOAT * width, of_logits=True)
 
 
 def quantize_form(width: int, *, of_logits: bool = False) -> Form:
@@ -184,13 +190,20 @@ def linear_form(
     )
 
 
-def gated_form(gate: MatrixShape, up: MatrixShape, *, quantized: bool) -> Form:
-    """Two products; silu is a negation, an exponential, an addition and a division, and its
-    product with the other one more.
-    """
+ACTIVATION_OPERATIONS = {"silu": 4, "gelu": 7}
+"""silu is a negation, an exponential, an addition and a division; gelu has three products and a
+difference in the negation's place.
+"""
+
+
+def gated_form(
+    gate: MatrixShape, up: MatrixShape, activation: str = "silu", *, quantized: bool
+) -> Form:
+    """Two products, the gate's activation, and its product with the other one more."""
+    per_row = ACTIVATION_OPERATIONS[activation] + 1
     return Form(
         unit="dot" if quantized else "fma",
-        operations_per_row=2 * (gate.rows + up.rows) * gate.columns + 5 * gate.rows,
+        operations_per_row=2 * (gate.rows + up.rows) * gate.columns + per_row * gate.rows,
         matrices=(gate, up),
         weight_bytes=gate.num_bytes + up.num_bytes,
         bytes_per_row=_input_bytes(gate.columns, quantized) + _FLOAT * gate.rows,

@@ -12,8 +12,6 @@ from typing import Any
 from cyclewise.errors import ModelFileError, UnsupportedModelError
 from cyclewise.models.config import Config, read_config
 
-ARCHITECTURES = ("llama", "qwen2")
-
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -64,16 +62,20 @@ def load_model(
     from cyclewise.machine.host import available_cpus
     from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
-    from cyclewise.models import llama, qwen2
+    from cyclewise.models import gemma2, gemma3, llama, qwen3
     from cyclewise.weights.source import open_source
 
+    builders = {
+        "llama": llama.build, "qwen2": llama.build, "qwen3": qwen3.build, "gemma2": gemma2.build,
+        "gemma3": gemma3.build,
+    }  # fmt: skip
     num_threads = resolve_threads(threads)
     with open_source(path) as source:
         architecture = source.metadata.get("general.architecture")
-        if architecture not in ARCHITECTURES:
+        if architecture not in builders:
             raise UnsupportedModelError(
                 f"{path}: architecture {architecture!r} is not supported; "
-                f"known are {', '.join(ARCHITECTURES)}."
+                f"known are {', '.join(builders)}."
             )
         table = source.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
@@ -81,8 +83,7 @@ def load_model(
         config = read_config(source.metadata, architecture, table.shape[0], context)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
         with Weights(source, available_cpus()) as weights:
-            build = {"llama": llama.build, "qwen2": qwen2.build}[architecture]
-            program = build(config, weights, available_cpus())
+            program = builders[architecture](config, weights, available_cpus())
         formats: dict[str, int] = {}
         for tensor in source.tensors.values():
             formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes

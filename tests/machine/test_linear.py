@@ -139,7 +139,8 @@ def test_only_the_rows_that_need_logits_from_a_private_buffer():
 
 @pytest.mark.parametrize("tokens", [1, 4, 17])
 @pytest.mark.parametrize("formats", [("Q4_0", "Q4_0"), ("Q6_K", "Q4_K"), ("F32", "F16")])
-def test_gated(formats, tokens):
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_gated(formats, tokens, activation):
     rng = np.random.default_rng(tokens)
     gate, up = (Weights(rng, name, 40) for name in formats)
     x, packed_x, stride = inputs(rng, formats[0], tokens)
@@ -155,9 +156,9 @@ def test_gated(formats, tokens):
         up_tile_bytes=tile_bytes(formats[1], COLUMNS),
     )  # fmt: skip
     batch = record(BATCH, num_tokens=tokens)
-    run_in_pieces("gated", moment, batch, Thread(SCRATCH, private), 3)
+    run_in_pieces(f"gated_{activation}", moment, batch, Thread(SCRATCH, private), 3)
     check_guard(out)
     got = out[:-GUARD].view(np.float32).reshape(tokens, 48)
-    want = naive.silu(gate.sums(x)) * up.sums(x)
-    np.testing.assert_allclose(got[:, :40], want, rtol=1e-6, atol=1e-30)
+    want = naive.ACTIVATIONS[activation](gate.sums(x)) * up.sums(x)
+    np.testing.assert_allclose(got[:, :40], want, rtol=1e-5, atol=1e-30)
     np.testing.assert_array_equal(got[:, 40:], 0)

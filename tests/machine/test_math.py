@@ -5,7 +5,7 @@ import pytest
 
 from cyclewise.machine.kernels.compiler import Compiler, Unit, callable_at
 from cyclewise.machine.kernels.lang import F32, I16, I32, vector
-from cyclewise.machine.kernels.math import absolute, exp, round_to_int, silu
+from cyclewise.machine.kernels.math import absolute, exp, gelu, round_to_int, silu, tanh
 from tests import naive
 from tests.machine.kernel_calls import FUSED
 
@@ -30,6 +30,8 @@ def _map(write, source=F32, result=F32):
 KERNELS = {
     "exp": _map(exp),
     "silu": _map(silu),
+    "gelu": _map(gelu),
+    "tanh": _map(tanh),
     "absolute": _map(absolute),
     "round": _map(round_to_int, result=I32),
     "from_half": _map(lambda emitter, x: emitter.half_to_float(x), source=I16),
@@ -91,6 +93,25 @@ def test_silu(run):
         run("silu", np.array([0.0, 200, 3e38], np.float32)), [0, 200, np.float32(3e38)]
     )
     assert (np.abs(run("silu", np.array([-90, -200, -1e4], np.float32))) < 1e-33).all()
+
+
+def test_gelu(run):
+    x = np.unique(np.linspace(-5, 100, 100_001).astype(np.float32))
+    exact = x * 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x.astype(np.float64) ** 3)))
+    np.testing.assert_allclose(naive.gelu(x), exact, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(run("gelu", x), exact, rtol=3e-6, atol=1e-7)
+    np.testing.assert_array_equal(
+        run("gelu", np.array([0.0, 200, 3e38], np.float32)), [0, 200, np.float32(3e38)]
+    )
+    assert (np.abs(run("gelu", np.array([-15, -90, -1e4], np.float32))) < 1e-33).all()
+
+
+def test_tanh(run):
+    x = np.unique(np.concatenate([np.linspace(-20, 20, 100_001), np.linspace(-1e-3, 1e-3, 1001)]))
+    x = x.astype(np.float32)
+    assert np.abs(run("tanh", x) - np.tanh(x.astype(np.float64))).max() <= 2e-7
+    ends = np.array([0.0, -0.0, 100, -100, np.inf, -np.inf], np.float32)
+    np.testing.assert_array_equal(run("tanh", ends), [0, 0, 1, -1, 1, -1])
 
 
 def test_rounding_and_magnitude(run):

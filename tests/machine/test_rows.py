@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from cyclewise.machine.kernels.blocks import tile_bytes
-from cyclewise.machine.kernels.layout import BATCH, EMBED, NORM, PAGE_TOKENS, QUANTIZE, ROPE
+from cyclewise.machine.kernels.layout import (
+    BATCH,
+    EMBED,
+    NORM,
+    PAGE_TOKENS,
+    QUANTIZE,
+    ROPE,
+    SOFTCAP,
+)
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from cyclewise.machine.kernels.rows import rows_unit
 from tests import naive
@@ -27,8 +35,9 @@ def floats(buffer, *shape):
     return buffer[:-GUARD].view(np.float32).reshape(*shape)
 
 
+@pytest.mark.parametrize("scale", [1.0, 24.0, 0.1])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_embed(format_name):
+def test_embed(format_name, scale):
     rng = np.random.default_rng(0)
     columns, vocab = 256, 37
     data = random_rows(rng, format_name, vocab, columns, 0.1)
@@ -38,14 +47,14 @@ def test_embed(format_name):
     moment = record(
         EMBED, row_kernel=address(matmul_unit(format_name), f"row_{format_name}"), table=table,
         tile_bytes=tile_bytes(format_name, columns), columns=columns,
-        out=out, out_stride=columns * 4,
+        out=out, out_stride=columns * 4, scale=scale,
     )  # fmt: skip
     batch, thread = record(BATCH, num_tokens=len(ids), token_ids=ids), Thread(SCRATCH_BYTES)
     run = kernel(rows_unit(), "embed")
     run(moment, batch, thread.record, 2, len(ids))
     run(moment, batch, thread.record, 0, 2)
     np.testing.assert_array_equal(
-        floats(out, -1, columns), naive.dequantize(format_name, data)[ids]
+        floats(out, -1, columns), naive.dequantize(format_name, data)[ids] * np.float32(scale)
     )
     thread.check()
     check_guard(out)
@@ -87,6 +96,46 @@ def test_norm_of_the_rows_that_need_logits_into_a_private_buffer():
     np.testing.assert_allclose(
         floats(out, 18, 32)[9:12], naive.rms_norm(x[rows], weight, 1e-6), rtol=3e-6
     )
+
+
+def test_a_norm_is_added():
+    rng = np.random.default_rng(3)
+    x, weight = np.zeros((5, 48), np.float32), np.zeros(48, np.float32)
+    x[:, :40], weight[:40] = rng.standard_normal((5, 40)), rng.standard_normal(40)
+    out, before = guarded(5 * 48 * 4), rng.standard_normal((5, 48)).astype(np.float32)
+    before[:, 40:] = 0
+    floats(out, 5, 48)[:] = before
+    moment = record(
+        NORM, x=x, x_stride=192, weight=weight, width=40, padded_width=48, epsilon=1e-6,
+        out=out, out_stride=192,
+    )  # fmt: skip
+    run = kernel(rows_unit(), "add_norm")
+    run(moment, record(BATCH, num_tokens=5), Thread(0, 64).record, 1, 5)
+    np.testing.assert_array_equal(floats(out, 5, 48)[0], before[0])
+    run(moment, record(BATCH, num_tokens=5), Thread(0, 64).record, 0, 1)
+    want = before[:, :40] + naive.rms_norm(x[:, :40], weight[:40], 1e-6)
+    np.testing.assert_allclose(floats(out, 5, 48)[:, :40], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(floats(out, 5, 48)[:, 40:], 0)
+    check_guard(out)
+
+
+@pytest.mark.parametrize("cap", [30.0, 5.0])
+def test_softcap(cap):
+    rng = np.random.default_rng(4)
+    logits = (rng.standard_normal((3, 80)) * [[1], [50], [1e-3]]).astype(np.float32)
+    logits[1, :4] = [1e30, -1e30, np.inf, -np.inf]
+    out = guarded(logits.nbytes)
+    floats(out, 3, 80)[:] = logits
+    moment = record(SOFTCAP, x=out, x_stride=320, cap=cap)
+    run = kernel(rows_unit(), "softcap")
+    run(moment, record(BATCH, num_tokens=9, num_logits=2), Thread(0).record, 1, 5)
+    want = logits.copy()
+    want[:2, 16:] = naive.softcap(logits[:2, 16:], cap)
+    np.testing.assert_allclose(floats(out, 3, 80), want, rtol=1e-6, atol=cap * 1e-7)
+    run(moment, record(BATCH, num_tokens=9, num_logits=2), Thread(0).record, 0, 1)
+    want[:2, :16] = naive.softcap(logits[:2, :16], cap)
+    np.testing.assert_allclose(floats(out, 3, 80), want, rtol=1e-6, atol=cap * 1e-7)
+    check_guard(out)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 7, 12])

@@ -28,7 +28,7 @@ QUERY_BLOCK_FIELDS = ("first_token", "num_tokens", "first_position", "pages")
 THREAD = ("scratch", "private")
 """A thread's own memory, and what to add to the address of a private buffer."""
 
-EMBED = ("row_kernel", "table", "tile_bytes", "columns", "out", "out_stride")
+EMBED = ("row_kernel", "table", "tile_bytes", "columns", "out", "out_stride", "scale")
 NORM = (
     "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride",
     "of_logits", "out_private",
@@ -73,6 +73,8 @@ ATTENTION = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim",
     "keys", "values", "page_bytes", "out", "out_stride", "window", "softcap",
 )  # fmt: skip
+
+SOFTCAP = ("x", "x_stride", "cap")
 
 STREAM = ("source", "tile_bytes", "repeats")
 RATE = ("operands", "repeats")

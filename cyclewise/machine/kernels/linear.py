@@ -1,17 +1,21 @@
 """Moments that multiply by weights: which tiles, for how many tokens, and what becomes of the sums.
 
 `linear` runs over the tiles of one or more matrices that share an input (query, key and value)
-and writes or adds the sums, with a bias where there is one; `gated` takes tile i of the gate and
-of the up projection and writes silu(gate) * up (SwiGLU: Shazeer, 2020). The arithmetic is in
+and writes or adds the sums, with a bias where there is one; `gated_silu` and `gated_gelu` take
+tile i of the gate and of the up projection and write silu(gate) * up (SwiGLU: Shazeer, 2020) or
+gelu(gate) * up. The arithmetic is in
 `matmul.py`, called by address: the formats may be mixed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.lang import F32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import BATCH, GATED, LINEAR, LINEAR_PART, THREAD, Record
-from cyclewise.machine.kernels.math import silu
+from cyclewise.machine.kernels.math import gelu, silu
 
 LANES = 16
 MAX_BATCH_TOKENS = 512
@@ -64,8 +68,9 @@ def _linear(
 
 
 def _gated(
-    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
-) -> None:
+    activation: Callable[[Emitter, Value], Value], emitter: Emitter, moment: Value, batch: Value,
+    thread: Value, first: Value, last: Value,
+) -> None:  # fmt: skip
     m, b, t = (
         Record(emitter, moment, GATED),
         Record(emitter, batch, BATCH),
@@ -81,13 +86,15 @@ def _gated(
         emitter.call_address(m.gate_kernel, gate, m.columns, x, m.x_stride, count, gates, scratch)
         emitter.call_address(m.up_kernel, up, m.columns, x, m.x_stride, count, ups, scratch)
         with emitter.range(0, count) as token:
-            opened = silu(emitter, emitter.load(gates + token * 64, floats))
+            opened = activation(emitter, emitter.load(gates + token * 64, floats))
             value = opened * emitter.load(ups + token * 64, floats)
             emitter.store(m.out + token * m.out_stride + tile * 64, value)
 
 
 def linear_unit() -> Unit:
-    kernels = {"linear": _linear, "gated": _gated}
+    kernels = {
+        "linear": _linear, "gated_silu": partial(_gated, silu), "gated_gelu": partial(_gated, gelu)
+    }  # fmt: skip
 
     def write(emitter: Emitter) -> None:
         for name, kernel in kernels.items():

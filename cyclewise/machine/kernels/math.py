@@ -7,6 +7,8 @@ from cyclewise.machine.kernels.lang import F32, I32, Emitter, Value, vector
 _ROUND = 12582912.0
 """1.5 * 2**23: adding it to a small float32 leaves the nearest integer in the low bits."""
 
+GELU_SLOPE, GELU_CUBE = 0.7978845608028654, 0.044715
+
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 """The polynomial of Cephes' expf."""
 
@@ -43,6 +45,23 @@ def silu(emitter: Emitter, x: Value) -> Value:
     """x * sigmoid(x)."""
     negative = emitter.constant(-0.0, x.type) - x
     return x / (exp(emitter, negative) + 1.0)
+
+
+def gelu(emitter: Emitter, x: Value) -> Value:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x**3))): GELU's approximation (Hendrycks and
+    Gimpel, 2016), with tanh(y) as 2 * sigmoid(2y) - 1.
+    """
+    negative = x * (x * x * (-2 * GELU_SLOPE * GELU_CUBE) - 2 * GELU_SLOPE)
+    return x / (exp(emitter, negative) + 1.0)
+
+
+def tanh(emitter: Emitter, x: Value) -> Value:
+    """(1 - e**-2|x|) / (1 + e**-2|x|), with x's sign. Below 2**-10 the result's last places are
+    lost: what caps logits needs an absolute error.
+    """
+    power = exp(emitter, absolute(emitter, x) * -2.0)
+    value = (1.0 - power) / (power + 1.0)
+    return (x < 0.0).select(-0.0 - value, value)
 
 
 def absolute(emitter: Emitter, x: Value) -> Value:

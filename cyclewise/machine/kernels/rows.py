@@ -1,12 +1,15 @@
 """Kernels that take tokens one by one: embedding, RMSNorm, quantizing activations, RoPE and the
-KV cache's writing.
+KV cache's writing; and the capping of logits.
 
-A tile is a token (for the last norm, a row of logits). RMSNorm: Zhang and Sennrich, 2019. RoPE:
-Su et al., 2021, with the halves of a head as pairs; weights whose file pairs neighbours are
-reordered when they are packed.
+A tile is a token (for the last norm, a row of logits; for capping, 16 columns of all of them).
+`add_norm` is the norm that stands behind a projection, not before: its result is added. RMSNorm:
+Zhang and Sennrich, 2019. RoPE: Su et al., 2021, with the halves of a head as pairs; weights whose
+file pairs neighbours are reordered when they are packed.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.dot import (
@@ -26,11 +29,12 @@ from cyclewise.machine.kernels.layout import (
     PAGE_TOKENS,
     QUANTIZE,
     ROPE,
+    SOFTCAP,
     THREAD,
     Record,
     load_int32,
 )
-from cyclewise.machine.kernels.math import absolute, round_to_int
+from cyclewise.machine.kernels.math import absolute, round_to_int, tanh
 
 LANES = 16
 
@@ -48,11 +52,16 @@ def _embed(
         tile = m.table + (token_id >> 4) * m.tile_bytes
         to = m.out + token * m.out_stride
         emitter.call_address(m.row_kernel, tile, m.columns, token_id & 15, to, t.scratch)
+        with emitter.when(m.float("scale").differs(1.0)):
+            factor, end = emitter.splat(m.float("scale"), LANES), to + m.out_stride
+            with emitter.range(to, end, LANES * 4) as at:
+                emitter.store(at, emitter.load(at, vector(F32, LANES)) * factor)
 
 
 def _norm(
-    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
-) -> None:
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value,
+    *, add: bool,
+) -> None:  # fmt: skip
     m, b, t = (
         Record(emitter, moment, NORM),
         Record(emitter, batch, BATCH),
@@ -74,7 +83,21 @@ def _norm(
         wide = emitter.splat(factor, LANES)
         with emitter.range(0, m.padded_width, LANES) as column:
             value = emitter.load(x + column * 4, floats) * wide
-            emitter.store(out + column * 4, value * emitter.load(m.weight + column * 4, floats))
+            value = value * emitter.load(m.weight + column * 4, floats)
+            if add:
+                value = emitter.load(out + column * 4, floats) + value
+            emitter.store(out + column * 4, value)
+
+
+def _softcap(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    m, b = Record(emitter, moment, SOFTCAP), Record(emitter, batch, BATCH)
+    cap = emitter.splat(m.float("cap"), LANES)
+    with emitter.range(first, last) as tile, emitter.range(0, b.num_logits) as row:
+        at = m.x + row * m.x_stride + tile * (LANES * 4)
+        value = emitter.load(at, vector(F32, LANES)) / cap
+        emitter.store(at, tanh(emitter, value) * cap)
 
 
 def _quantize(
@@ -219,7 +242,10 @@ def _rope(
 
 
 def rows_unit() -> Unit:
-    kernels = {"embed": _embed, "norm": _norm, "quantize": _quantize, "rope": _rope}
+    kernels = {
+        "embed": _embed, "norm": partial(_norm, add=False), "add_norm": partial(_norm, add=True),
+        "quantize": _quantize, "rope": _rope, "softcap": _softcap,
+    }  # fmt: skip
 
     def write(emitter: Emitter) -> None:
         for name, kernel in kernels.items():
