@@ -8,7 +8,7 @@ what GGUF files mean, without a look at the package.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,15 @@ HALF_LIMIT = np.float32(65504.0)
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Decoded weights: `scale * sub_scale * code + minimum`, the zero point taken off the codes."""
+    """Decoded weights: `scale * sub_scale * code + minimum * sub_minimum`, the zero point taken off
+    the codes.
+    """
 
     codes: Integers  # (rows, groups, 32)
     scale: Floats  # (rows, groups)
-    minimum: Floats | None  # (rows, groups)
-    sub_scales: Integers | None  # (rows, groups, 2): one for each half of a group
+    minimum: Floats | None = None  # (rows, groups)
+    sub_scales: Integers | None = None  # (rows, groups, 2): one for each half of a group
+    sub_minima: Integers | None = None  # (rows, groups, 2)
 
     def values(self) -> Floats:
         """float32 (rows, columns)."""
@@ -43,7 +46,10 @@ class Blocks:
             codes = codes * np.repeat(self.sub_scales, 16, axis=2)
         values = codes.astype(np.float32) * self.scale[:, :, None]
         if self.minimum is not None:
-            values = values + self.minimum[:, :, None]
+            minimum = self.minimum[:, :, None]
+            if self.sub_minima is not None:
+                minimum = minimum * np.repeat(self.sub_minima, 16, axis=2).astype(np.float32)
+            values = values + minimum
         return values.reshape(len(values), -1)
 
 
@@ -58,27 +64,83 @@ def _nibbles(data: Bytes) -> Integers:
 
 
 def _q4_0(block: Bytes) -> Blocks:
-    return Blocks(_nibbles(block[..., 2:]) - 8, _half(block[..., :2]), None, None)
+    return Blocks(_nibbles(block[..., 2:]) - 8, _half(block[..., :2]))
 
 
 def _q4_1(block: Bytes) -> Blocks:
-    return Blocks(_nibbles(block[..., 4:]), _half(block[..., :2]), _half(block[..., 2:4]), None)
+    return Blocks(_nibbles(block[..., 4:]), _half(block[..., :2]), _half(block[..., 2:4]))
 
 
 def _q5_0(block: Bytes) -> Blocks:
-    fifth = np.unpackbits(block[..., 2:6], axis=-1, bitorder="little").astype(np.int64)
-    return Blocks((_nibbles(block[..., 6:]) | fifth << 4) - 16, _half(block[..., :2]), None, None)
+    return Blocks(_five_bits(block[..., 2:]) - 16, _half(block[..., :2]))
+
+
+def _q5_1(block: Bytes) -> Blocks:
+    return Blocks(_five_bits(block[..., 4:]), _half(block[..., :2]), _half(block[..., 2:4]))
+
+
+def _five_bits(data: Bytes) -> Integers:
+    """4 bytes of fifth bits and 16 of nibbles."""
+    fifth = np.unpackbits(data[..., :4], axis=-1, bitorder="little").astype(np.int64)
+    return _nibbles(data[..., 4:]) | fifth << 4
 
 
 def _q8_0(block: Bytes) -> Blocks:
     codes = block[..., 2:].astype(np.int8).astype(np.int64)
-    return Blocks(codes, _half(block[..., :2]), None, None)
+    return Blocks(codes, _half(block[..., :2]))
+
+
+def _two_bits(data: Bytes) -> Integers:
+    """64 bytes as 8 groups of 32 codes."""
+    pieces = data.reshape(*data.shape[:-1], 2, 1, 32) >> np.arange(0, 8, 2)[:, None] & 3
+    return pieces.reshape(*data.shape[:-1], 8, 32).astype(np.int64)
+
+
+def _of_super_blocks(codes: Integers, d: Floats, **rest: Any) -> Blocks:
+    """Blocks of (rows, blocks, 8, ...), their groups in one axis; `d` is one a block."""
+    rows = len(codes)
+    whole = {name: values.reshape(rows, -1, *values.shape[3:]) for name, values in rest.items()}
+    return Blocks(codes.reshape(rows, -1, 32), np.repeat(d, 8, axis=1), **whole)
+
+
+def _q2_k(block: Bytes) -> Blocks:
+    small = block[..., :16].reshape(*block.shape[:2], 8, 2).astype(np.int64)
+    d_min = np.repeat(_half(block[..., 82:84])[..., None], 8, axis=2)
+    return _of_super_blocks(
+        _two_bits(block[..., 16:80]), _half(block[..., 80:82]),
+        minimum=-d_min, sub_scales=small & 15, sub_minima=small >> 4,
+    )  # fmt: skip
+
+
+def _q3_k(block: Bytes) -> Blocks:
+    third = block[..., None, :32] >> np.arange(8)[:, None] & 1
+    codes = (_two_bits(block[..., 32:96]) | third.astype(np.int64) << 2) - 4
+    packed = block[..., 96:108].astype(np.int64)
+    low = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], axis=-1)
+    high = np.concatenate([packed[..., 8:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1)
+    scales = (low | high << 4) - 32
+    return _of_super_blocks(
+        codes, _half(block[..., 108:110]), sub_scales=scales.reshape(*scales.shape[:2], 8, 2)
+    )
 
 
 def _q4_k(block: Bytes) -> Blocks:
+    codes = np.zeros((*block.shape[:2], 8, 32), np.int64)
+    for group in range(8):
+        both = block[..., 16 + group // 2 * 32 : 48 + group // 2 * 32]
+        codes[..., group, :] = both >> 4 if group % 2 else both & 15
+    return _with_small_scales(codes, block)
+
+
+def _q5_k(block: Bytes) -> Blocks:
+    fifth = block[..., None, 16:48] >> np.arange(8)[:, None] & 1
+    blocks = _q4_k(np.delete(block, slice(16, 48), axis=2))
+    return replace(blocks, codes=blocks.codes | fifth.reshape(blocks.codes.shape).astype(int) << 4)
+
+
+def _with_small_scales(codes: Integers, block: Bytes) -> Blocks:
     rows, num_blocks, _ = block.shape
     d, d_min, packed = _half(block[..., :2]), _half(block[..., 2:4]), block[..., 4:16].astype(int)
-    codes = np.zeros((rows, num_blocks, 8, 32), np.int64)
     scale = np.zeros((rows, num_blocks, 8), np.float32)
     minimum = np.zeros((rows, num_blocks, 8), np.float32)
     for group in range(8):
@@ -89,11 +151,7 @@ def _q4_k(block: Bytes) -> Blocks:
             m = packed[..., group + 4] >> 4 | (packed[..., group] >> 6) << 4
         scale[..., group] = d * s.astype(np.float32)
         minimum[..., group] = -(d_min * m.astype(np.float32))
-        both = block[..., 16 + group // 2 * 32 : 48 + group // 2 * 32]
-        codes[..., group, :] = both >> 4 if group % 2 else both & 15
-    return Blocks(
-        codes.reshape(rows, -1, 32), scale.reshape(rows, -1), minimum.reshape(rows, -1), None
-    )
+    return Blocks(codes.reshape(rows, -1, 32), scale.reshape(rows, -1), minimum.reshape(rows, -1))
 
 
 def _q6_k(block: Bytes) -> Blocks:
@@ -106,15 +164,16 @@ def _q6_k(block: Bytes) -> Blocks:
         nibble = low[..., side * 64 + quarter % 2 * 32 + place] >> (quarter // 2 * 4) & 15
         codes[..., column] = (nibble | (high[..., side * 32 + place] >> 2 * quarter & 3) << 4) - 32
     sub_scales = block[..., 192:208].astype(np.int8).astype(np.int64)
-    scale = np.repeat(_half(block[..., 208:210]), 8, axis=1)
-    return Blocks(
-        codes.reshape(rows, -1, 32), scale, None, sub_scales.reshape(rows, num_blocks * 8, 2)
-    )
+    return _of_super_blocks(
+        codes.reshape(rows, num_blocks, 8, 32), _half(block[..., 208:210]),
+        sub_scales=sub_scales.reshape(rows, num_blocks, 8, 2),
+    )  # fmt: skip
 
 
 _DECODERS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
-    "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q8_0": (34, _q8_0),
-    "Q4_K": (144, _q4_k), "Q6_K": (210, _q6_k),
+    "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1),
+    "Q8_0": (34, _q8_0), "Q2_K": (84, _q2_k), "Q3_K": (110, _q3_k), "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k),
 }  # fmt: skip
 
 
@@ -252,7 +311,12 @@ def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Flo
     for group in range(dots.shape[2]):
         scale = weights.scale[None, :, group] * x.scale[:, None, group]
         total = fma(scale, dots[:, :, group].astype(np.float32), total, fused=fused)
-        if weights.minimum is not None:
+        if weights.minimum is not None and weights.sub_minima is not None:
+            sums = x.codes[:, None, group].reshape(len(total), 1, 2, 16).sum(axis=3)
+            minima = (sums * weights.sub_minima[None, :, group]).sum(axis=2) * -8
+            scale = weights.minimum[None, :, group] / np.float32(-8) * x.scale[:, None, group]
+            total = fma(scale, minima.astype(np.float32), total, fused=fused)
+        elif weights.minimum is not None:
             scaled_sum = np.broadcast_to(x.scaled_sum[:, None, group], total.shape)
             minimum = np.broadcast_to(weights.minimum[None, :, group], total.shape)
             total = fma(minimum, scaled_sum, total, fused=fused)

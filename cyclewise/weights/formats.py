@@ -31,7 +31,11 @@ FORMATS: dict[str, Format] = {
         Format("Q4_0", 2, 32, 18),
         Format("Q4_1", 3, 32, 20),
         Format("Q5_0", 6, 32, 22),
+        Format("Q5_1", 7, 32, 24),
+        Format("Q2_K", 10, 256, 84),
+        Format("Q3_K", 11, 256, 110),
         Format("Q4_K", 12, 256, 144),
+        Format("Q5_K", 13, 256, 176),
         Format("Q6_K", 14, 256, 210),
     )
 }
@@ -42,11 +46,7 @@ _BY_ID = {block_format.ggml_id: block_format for block_format in FORMATS.values(
 _OTHER_NAMES = {
     4: "Q4_2",
     5: "Q4_3",
-    7: "Q5_1",
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    13: "Q5_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",

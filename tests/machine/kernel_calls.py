@@ -9,16 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.kernels.blocks import BLOCK_FORMATS as BLOCKS
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import Unit, callable_at, host_compiler
 from cyclewise.machine.kernels.layout import THREAD
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from cyclewise.machine.kernels.pack import pack_unit
 from cyclewise.machine.kernels.target import host_target
+from cyclewise.weights.formats import FORMATS as FILE_FORMATS
 from tests import naive
 
+HALVES = {
+    "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
+    "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+"""Where in a file's block float16 scales lie, if not at its start alone."""
+
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-BLOCK_FORMATS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K")
+BLOCK_FORMATS = tuple(BLOCKS)
 FORMATS = FLOAT_FORMATS + BLOCK_FORMATS
 
 FUSED = host_target().name != "plain" or platform.machine().lower() not in ("x86_64", "amd64")
@@ -83,9 +91,7 @@ def check_guard(buffer: NDArray[np.uint8]) -> None:
 
 
 def row_bytes(format_name: str, columns: int) -> int:
-    from cyclewise.weights.formats import FORMATS as known
-
-    found = known[format_name]
+    found = FILE_FORMATS[format_name]
     return columns // found.block_size * found.block_bytes
 
 
@@ -113,13 +119,10 @@ def random_rows(
             return values.astype(np.float16).view(np.uint8).reshape(rows, -1)
         words = (values.view(np.uint32) >> 16).astype(np.uint16)
         return words.view(np.uint8).reshape(rows, -1)
-    block_columns, block_bytes, halves = {
-        "Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q4_1": (32, 20, (0, 2)),
-        "Q5_0": (32, 22, (0,)), "Q4_K": (256, 144, (0, 2)), "Q6_K": (256, 210, (208,)),
-    }[format_name]  # fmt: skip
-    shape = (rows, columns // block_columns)
-    data = rng.integers(0, 256, (*shape, block_bytes)).astype(np.uint8)
-    for at in halves:
+    block = FILE_FORMATS[format_name]
+    shape = (rows, columns // block.block_size)
+    data = rng.integers(0, 256, (*shape, block.block_bytes)).astype(np.uint8)
+    for at in HALVES.get(format_name, (0,)):
         if scale is None:
             data[..., at : at + 2] = random_halves(rng, shape)
         else:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cyclewise.machine.kernels.blocks import ROWS
+from cyclewise.machine.kernels.blocks import ROWS, block_shape
 from cyclewise.machine.kernels.compiler import Compiler, callable_at
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, UNPACK_FROM, matmul_unit
+from cyclewise.weights.formats import FORMATS as FILE_FORMATS
 from tests import naive
 from tests.machine.kernel_calls import (
     BLOCK_FORMATS,
@@ -13,6 +14,7 @@ from tests.machine.kernel_calls import (
     FORMATS,
     FUSED,
     GUARD,
+    HALVES,
     activations,
     check_guard,
     guarded,
@@ -52,7 +54,7 @@ def test_blocks_times_every_number_of_tokens(format_name, columns):
 
 
 @pytest.mark.parametrize("tiles", [(2, 1), (12, 1)])
-@pytest.mark.parametrize("format_name", ["Q8_0", "Q6_K"])
+@pytest.mark.parametrize("format_name", ["Q8_0", "Q6_K", "Q2_K"])
 def test_tiles_change_no_bit(format_name, tiles):
     rng = np.random.default_rng(1)
     columns = 1280
@@ -72,7 +74,7 @@ def test_tiles_change_no_bit(format_name, tiles):
 
 
 @pytest.mark.parametrize("columns", [32, 96, 1056])
-@pytest.mark.parametrize("format_name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0"])
+@pytest.mark.parametrize("format_name", [n for n in BLOCK_FORMATS if block_shape(n)[0] == 32])
 def test_blocks_of_a_few_groups(format_name, columns):
     rng = np.random.default_rng(columns)
     data = random_rows(rng, format_name, 11, columns, 0.01)
@@ -111,20 +113,24 @@ def test_a_product_is_near_what_float64_gives(format_name):
 def extreme_blocks(format_name, columns):
     """16 rows of codes and small scales at their least and largest, alone or by turns; d is 1."""
     rows = random_rows(np.random.default_rng(0), format_name, 16, columns, 0.01)
-    block_bytes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q4_K": 144, "Q6_K": 210}
-    blocks = rows.reshape(16, -1, block_bytes[format_name])
-    halves = {"Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}.get(format_name, (0,))
+    blocks = rows.reshape(16, -1, FILE_FORMATS[format_name].block_bytes)
     fills = (0x00, 0xFF, 0x80, 0x7F, 0x0F, 0xF0, 0x81, 0x55)
     for row in range(16):
         fill = np.full(blocks.shape[1:], fills[row % 8], np.uint8)
         if row >= 8:
             fill[:, ::2] = fills[(row + 3) % 8]
         blocks[row] = fill
-    if format_name == "Q6_K":  # every pair of extremes of codes and 8-bit scales
+    scales = {
+        "Q6_K": (slice(192, 208), (0x80, 0x7F, 0x81, 0x00)),
+        "Q3_K": (slice(96, 108), (0x00, 0xFF, 0xF0, 0x0F)),
+        "Q2_K": (slice(0, 16), (0xF0, 0xFF, 0x0F, 0x00)),
+    }
+    if format_name in scales:  # every pair of extremes of codes and scales
+        at, values = scales[format_name]
         for row in range(16):
-            blocks[row, :, 192:208] = (0x80, 0x7F, 0x81, 0x00)[row // 4]
-            blocks[row, :, :192] = (0x00, 0xFF, 0x80, 0x7F)[row % 4]
-    for at in halves:
+            blocks[row] = (0x00, 0xFF, 0x80, 0x7F)[row % 4]
+            blocks[row, :, at] = values[row // 4]
+    for at in HALVES.get(format_name, (0,)):
         blocks[..., at : at + 2] = np.array([1.0], np.float16).view(np.uint8)
     return blocks.reshape(16, -1)
 

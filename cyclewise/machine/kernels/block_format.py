@@ -37,6 +37,11 @@ class BlockFormat:
     block_bytes: int
     """Bytes of a block (`groups_per_block` groups) of a tile of 16 rows."""
 
+    @property
+    def max_code(self) -> int:
+        """The largest of unsigned codes."""
+        return (1 << self.bits) - 1
+
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         """A step's codes, four bytes a lane."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cyclewise.machine.kernels.blocks import BlockFormat
+from cyclewise.machine.kernels.block_format import BlockFormat
 from cyclewise.machine.kernels.lang import I16, I32, Emitter, Value, vector
 
 ACTIVATION_GROUP = 60
@@ -37,8 +37,8 @@ HALVES = ((0, 1, 2, 3), (4, 5, 6, 7))
 Codes = Callable[[int, int], Value]
 """Of a step and a part: int32 lanes of four codes each."""
 SubScale = Callable[[int, int], Value]
-"""Of a half and a part: what `Dot.factor` makes of the scales of a format that has some for each
-half of a group.
+"""Of a number and a part: one of the values that `Dot.factors` makes of the scales of a format that
+has some for each half of a group.
 """
 
 
@@ -71,9 +71,30 @@ class Dot:
         self.kind = kind
         self.lanes = emitter.target.lanes
 
-    def factor(self, sub_scale: Value) -> Value:
-        """int8 scales as int32 lanes, ready for `group`; their low 16 bits are the scale."""
-        return self.emitter.cast(sub_scale, vector(I32, self.lanes), "sext")
+    @property
+    def num_factors(self) -> int:
+        """How many values `factors` gives: one for each half of a group, or the pairs as they
+        are.
+        """
+        return 2
+
+    def factors(self, pairs: Value) -> list[Value]:
+        """Lanes of two int16 scales, ready for `group`; the low 16 bits of each half's value are
+        its scale.
+        """
+        return [(pairs << 16).arithmetic_right(16), pairs.arithmetic_right(16)]
+
+    def pair_sums(self, pairs: Value, address: Value) -> Value:
+        """Lanes of two int16 by the two int16 at `address`, added up in int32."""
+        halves = [
+            self.emitter.splat(
+                self.emitter.cast(self.emitter.load(address + 2 * half, I16), I32, "sext"),
+                self.lanes,
+            )
+            for half in (0, 1)
+        ]
+        low, high = Dot.factors(self, pairs)
+        return low * halves[0] + high * halves[1]
 
     def group(
         self,
@@ -114,6 +135,5 @@ class Dot:
     def _half_correction(self, address: Value, half: int, zero_point: int) -> Value:
         """The same for one half of the group's columns."""
         sums = self.emitter.load(address + AT_HALF_SUMS + 2 * half, I16)
-        shift = {32: 2}[zero_point]
-        wide = self.emitter.cast(sums, I32, "sext") << shift
+        wide = self.emitter.cast(sums, I32, "sext") * (zero_point // 8)
         return self.emitter.splat(wide, self.lanes)

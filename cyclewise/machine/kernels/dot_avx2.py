@@ -1,15 +1,17 @@
 """Dot products by VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into
 int32.
 
-An int16 holds the sum of 2 columns a step: 8 steps of (code - zero point) * activation for 4 and 5
-bits, 4 steps for 6, and then only the whole sum must fit, not its parts: additions wrap. So the
-zero point's share is where the sum begins. Codes of 8 bits fill an int16 at once: their sign moves
-to the activation, |code| <= 128 leaves 32,512.
+An int16 holds the sum of 2 columns a step, and only the whole sum must fit, not its parts: additions
+wrap. So where a format has a zero point, its share is where the sum begins (but for 4 bits, where
+eight steps of whole codes fit), and the largest |code - zero point| * 127 * 2 leaves room for so
+many steps (`steps_of_a_sum`): 8 for 4 bits, and for 5 with a zero point; 4 for 5 bits without one,
+and for 6. Scales of 16 columns allow 4 at most. Codes of 8 bits fill an int16 at once: their sign
+moves to the activation, |code| <= 128 leaves 32,512.
 """
 
 from __future__ import annotations
 
-from cyclewise.machine.kernels.blocks import STEPS
+from cyclewise.machine.kernels.block_format import STEPS, BlockFormat
 from cyclewise.machine.kernels.dot import (
     AT_HALF_LANE_SUMS,
     AT_LANE_SUMS,
@@ -20,14 +22,34 @@ from cyclewise.machine.kernels.dot import (
 from cyclewise.machine.kernels.lang import I8, I16, I32, Value, vector
 
 
+_AT_START = {4: AT_HALF_LANE_SUMS, 16: AT_LANE_SUMS, 32: AT_HALF_LANE_SUMS}
+"""Where a zero point's share of a sum of int16 is found."""
+
+
+def steps_of_a_sum(kind: BlockFormat) -> int:
+    """How many steps of a group one int16 holds, whatever codes and activations there are."""
+    if kind.bits == 8:
+        return 1
+    least = kind.zero_point if kind.zero_point in _AT_START else 0
+    largest = max(kind.max_code - least, least)
+    most = STEPS // 2 if kind.has_sub_scales else STEPS
+    return next(steps for steps in (8, 4) if steps <= most and steps * 2 * 127 * largest < 1 << 15)
+
+
 class Avx2Dot(Dot):
-    def factor(self, sub_scale: Value) -> Value:
-        """In both halves of a lane, for VPMADDWD."""
-        emitter = self.emitter
-        twice = [lane for index in range(self.lanes) for lane in (index, index)]
-        pairs = emitter.shuffle(sub_scale, sub_scale, twice)
-        wide = emitter.cast(pairs, vector(I16, 2 * self.lanes), "sext")
-        return emitter.bitcast(wide, vector(I32, self.lanes))
+    def factors(self, pairs: Value) -> list[Value]:
+        """Each in both halves of a lane, for VPMADDWD."""
+        emitter, shorts = self.emitter, vector(I16, 2 * self.lanes)
+        whole, found = emitter.bitcast(pairs, shorts), []
+        for half in (0, 1):
+            twice = [2 * lane + half for lane in range(self.lanes) for _ in (0, 1)]
+            found.append(emitter.bitcast(emitter.shuffle(whole, whole, twice), pairs.type))
+        return found
+
+    def pair_sums(self, pairs: Value, address: Value) -> Value:
+        shorts = vector(I16, 2 * self.lanes)
+        both = [self.emitter.bitcast(value, shorts) for value in (pairs, self._words(address))]
+        return self._vpmaddwd(*both)
 
     def group(
         self,
@@ -39,8 +61,7 @@ class Avx2Dot(Dot):
     ) -> list[list[Value]]:
         emitter, kind, parts = self.emitter, self.kind, range(num_parts)
         shorts, as_bytes = vector(I16, 2 * self.lanes), vector(I8, 4 * self.lanes)
-        run = {4: 8, 5: 8, 6: 4, 8: 1}[kind.bits]
-        at_start = {16: AT_LANE_SUMS, 32: AT_HALF_LANE_SUMS}.get(kind.zero_point)
+        run, at_start = steps_of_a_sum(kind), _AT_START.get(kind.zero_point)
         signed = kind.bits == 8
         totals: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
         if kind.zero_point and not at_start:
@@ -52,9 +73,11 @@ class Avx2Dot(Dot):
             partial: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
             if at_start:
                 for i, address in enumerate(activations):
-                    start = self._words(address + at_start + first)
+                    start = emitter.bitcast(self._words(address + at_start + first), shorts)
+                    if kind.zero_point == 4:  # what is found is -32 * the sums
+                        start = start.arithmetic_right(3)
                     for part in parts:
-                        partial[part][i] = emitter.bitcast(start, shorts)
+                        partial[part][i] = start
             for step in range(first, first + run):
                 if in_order:
                     emitter.keep_order()

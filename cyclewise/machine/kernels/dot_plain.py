@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclewise.machine.kernels.blocks import STEPS
+from cyclewise.machine.kernels.block_format import STEPS
 from cyclewise.machine.kernels.dot import HALVES, Codes, Dot, SubScale
 from cyclewise.machine.kernels.lang import I8, I32, Value, vector
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclewise.machine.kernels.blocks import BlockFormat
+from cyclewise.machine.kernels.block_format import BlockFormat
 from cyclewise.machine.kernels.dot import Dot
 from cyclewise.machine.kernels.dot_avx2 import Avx2Dot
 from cyclewise.machine.kernels.dot_plain import PlainDot

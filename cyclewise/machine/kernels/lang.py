@@ -114,6 +114,10 @@ class Value:
         """Logical shift: zeros come in from the left."""
         return self._binary(other, "lshr")
 
+    def arithmetic_right(self, bits: int) -> Value:
+        """Arithmetic shift: the sign comes in from the left."""
+        return self._binary(bits, "ashr")
+
     def _compare(self, other: Any, sign: str) -> Value:
         builder = self.emitter.builder
         right = self.emitter.lift(other, self.type).value
@@ -376,6 +380,23 @@ class Emitter:
     def shuffle(self, left: Value, right: Value, lanes: Sequence[int]) -> Value:
         mask = ir.Constant(vector(I32, len(lanes)), list(lanes))
         return Value(self, self.builder.shuffle_vector(left.value, right.value, mask))
+
+    def lookup(self, table: Sequence[int], indices: Value) -> Value:
+        """Of a table of 16 bytes, the one that each byte of `indices` (0..15) names."""
+        lanes = indices.type.count
+        name = {("avx512", 64): "avx512.pshuf.b.512", ("avx2", 32): "avx2.pshuf.b"}
+        found = name.get((self.target.name, lanes))
+        if found:
+            whole = self.vector_constant(list(table) * (lanes // 16), I8)
+            return self.intrinsic(f"llvm.x86.{found}", indices.type, whole, indices)
+        choices = [self.constant(value, indices.type) for value in table]
+        for bit in range(4):
+            is_set = (indices & (1 << bit)).differs(0)
+            choices = [
+                is_set.select(high, low)
+                for low, high in zip(choices[::2], choices[1::2], strict=True)
+            ]
+        return choices[0]
 
     def extract(self, value: Value, lane: int) -> Value:
         return Value(self, self.builder.extract_element(value.value, ir.Constant(I32, lane)))

@@ -7,6 +7,7 @@ Either way a token's sum runs over the groups in order:
 
     sum = fma(scale * x_scale, float(dot), sum);  sum = fma(minimum, x_scaled_sum, sum)
 
+or, where minima are of 16 columns, `fma(minimum * x_scale, float(-8 * sub_minima * x_sums), sum)`;
 so its bits do not depend on how many tokens come with it.
 
 `row_<format>(weights, columns, row, out, scratch)` writes one row of a tile as float32: an
@@ -16,6 +17,7 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from llvmlite import ir
 
@@ -30,10 +32,12 @@ from cyclewise.machine.kernels.blocks import (
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.dot import (
     ACTIVATION_GROUP,
+    AT_HALF_SUMS,
     AT_SCALE,
     AT_SCALED_SUM,
     QUAD,
     ActivationLayout,
+    SubScale,
 )
 from cyclewise.machine.kernels.dots import make_dot
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
@@ -42,7 +46,7 @@ UNPACK_FROM = 9
 """Tokens from which unpacking pays."""
 PANEL_GROUPS = 32
 """Groups that are unpacked at once: they stay in the first-level cache."""
-SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 4) * 4 * ROWS
+SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 5) * 4 * ROWS
 
 
 def matmul_unit(name: str, tiles: tuple[int, ...] | None = None) -> Unit:
@@ -161,24 +165,46 @@ class _BlockMatmul:
             wide = emitter.cast(code, vector(I32, 4), "sext" if kind.bits == 8 else "zext")
             value = emitter.cast(wide - kind.zero_point, quad, "sitofp")
             if kind.has_sub_scales:
-                half = emitter.broadcast(at + (STEPS + 1 + step // 4) * width, I16, 4)
-                value = value * emitter.to_float(emitter.cast(half, vector(I32, 4), "sext"))
+                many = self.dot.num_factors == 2
+                place = (step // 4) * (width if many else 2)
+                value = value * self._small(at + self._places["factor 0"] * width + place)
             value = value * scale
             if kind.has_minimum:
-                value = value + emitter.broadcast(at + (STEPS + 1) * width, F32, 4)
+                minimum = emitter.broadcast(at + self._places["minimum"] * width, F32, 4)
+                if kind.has_sub_minima:
+                    place = self._places["sub_minima"] * width + 2 * (step // 4)
+                    minimum = minimum * self._small(at + place) * -8.0
+                value = value + minimum
             emitter.store(out + step * 16, value)
 
-    def _factor(self, block: Value, index: Value | int, half: int, part: int) -> Value:
-        return self.dot.factor(self.kind.sub_scale(self.emitter, block, index, half, part))
+    def _small(self, address: Value) -> Value:
+        """An int16 as four float32."""
+        short = self.emitter.broadcast(address, I16, 4)
+        return self.emitter.to_float(self.emitter.cast(short, vector(I32, 4), "sext"))
+
+    def _factors(self, block: Value, index: Value | int) -> SubScale | None:
+        """The sub-scales of a packed group, each read where it is first wanted."""
+        if not self.kind.has_sub_scales:
+            return None
+
+        @cache
+        def of_part(part: int) -> list[Value]:
+            return self.dot.factors(self.kind.sub_scales(self.emitter, block, index, part))
+
+        return lambda number, part: of_part(part)[number]
 
     def _added(
-        self, total: Value, dot: Value, x: Value, scale: Value, minimum: Value | None
-    ) -> Value:
+        self, total: Value, dot: Value, x: Value, scale: Value, minimum: Value | None,
+        sub_minima: Value | None,
+    ) -> Value:  # fmt: skip
         """A group's part in a token's sums; `x` is the address of the token's group."""
         emitter, lanes = self.emitter, self.lanes
         x_scale = emitter.broadcast(x + AT_SCALE, F32, lanes)
         value = emitter.fma(scale * x_scale, emitter.to_float(dot), total)
-        if minimum is not None:
+        if sub_minima is not None and minimum is not None:
+            sums = self.dot.pair_sums(sub_minima, x + AT_HALF_SUMS)
+            value = emitter.fma(minimum * x_scale, emitter.to_float(sums), value)
+        elif minimum is not None:
             scaled_sum = emitter.broadcast(x + AT_SCALED_SUM, F32, lanes)
             value = emitter.fma(minimum, scaled_sum, value)
         return value
@@ -205,9 +231,7 @@ class _BlockMatmul:
             at = self._tokens(tokens, x, column_group, group_stride, stride)
             dots = self.dot.group(
                 lambda step, part: kind.codes(emitter, block, index, step, part),
-                (lambda half, part: self._factor(block, index, half, part))
-                if kind.has_sub_scales
-                else None,
+                self._factors(block, index),
                 at,
                 self.parts,
                 tokens == 1,
@@ -215,8 +239,11 @@ class _BlockMatmul:
             for part in range(self.parts):
                 scale = kind.scale(emitter, block, index, part)
                 minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
+                minima = (
+                    kind.sub_minima(emitter, block, index, part) if kind.has_sub_minima else None
+                )
                 for total, dot, address in zip(sums[part], dots[part], at, strict=True):
-                    total.set(self._added(total.get(), dot, address, scale, minimum))
+                    total.set(self._added(total.get(), dot, address, scale, minimum, minima))
 
         self._over_groups(weights, groups, group)
         for part in range(self.parts):
@@ -245,10 +272,23 @@ class _BlockMatmul:
             self.emitter.prefetch(address + offset)
 
     @property
+    def _places(self) -> dict[str, int]:
+        """Where in an unpacked group, in vectors, the scales lie: behind the codes, float32 before
+        int32.
+        """
+        kind, names = self.kind, ["scale"]
+        if kind.has_minimum:
+            names.append("minimum")
+        if kind.has_sub_scales:
+            names += [f"factor {number}" for number in range(self.dot.num_factors)]
+        if kind.has_sub_minima:
+            names.append("sub_minima")
+        return {name: STEPS + place for place, name in enumerate(names)}
+
+    @property
     def _panel_bytes(self) -> int:
-        """Bytes of one unpacked group: codes, then float32 scales, minima, int32 sub-scales."""
-        vectors = STEPS + 1 + self.kind.has_minimum + 2 * self.kind.has_sub_scales
-        return vectors * self.lanes * 4
+        """Bytes of one unpacked group."""
+        return (STEPS + len(self._places)) * self.lanes * 4
 
     def _unpack(self, weights: Value, groups: Value, scratch: Value) -> None:
         """Writes group after group, the parts of its rows side by side."""
@@ -262,7 +302,10 @@ class _BlockMatmul:
                 if kind.has_minimum:
                     found.append(kind.minimum(emitter, block, index, part))
                 if kind.has_sub_scales:
-                    found += [self._factor(block, index, half, part) for half in (0, 1)]
+                    pairs = kind.sub_scales(emitter, block, index, part)
+                    found += self.dot.factors(pairs)
+                if kind.has_sub_minima:
+                    found.append(kind.sub_minima(emitter, block, index, part))
                 for i, value in enumerate(found):
                     emitter.store(to + i * width, value)
 
@@ -288,21 +331,25 @@ class _BlockMatmul:
             def load(part: int, index: int, type_: ir.Type) -> Value:
                 return emitter.load(base + part * self._panel_bytes + index * width, type_)
 
+            def factor(number: int, part: int) -> Value:
+                return load(part, self._places[f"factor {number}"], words)
+
             dots = self.dot.group(
                 lambda step, part: load(part, step, words),
-                (lambda half, part: load(part, STEPS + 1 + half, words))
-                if kind.has_sub_scales
-                else None,
+                factor if kind.has_sub_scales else None,
                 at,
                 self.parts,
             )
             for part in range(self.parts):
-                scale = load(part, STEPS, floats)
-                minimum = load(part, STEPS + 1, floats) if kind.has_minimum else None
+                scale = load(part, self._places["scale"], floats)
+                minimum = load(part, self._places["minimum"], floats) if kind.has_minimum else None
+                minima = (
+                    load(part, self._places["sub_minima"], words) if kind.has_sub_minima else None
+                )
                 for i in range(tokens):
                     in_register = self.parts == 1
                     total = sums[i].get() if in_register else emitter.load(places[part][i], floats)
-                    value = self._added(total, dots[part][i], at[i], scale, minimum)
+                    value = self._added(total, dots[part][i], at[i], scale, minimum, minima)
                     if in_register:
                         sums[i].set(value)
                     else:
