@@ -98,8 +98,7 @@ class Q8_0(BlockFormat):
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {
-    kind.name: kind()
-    for kind in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+    kind.name: kind() for kind in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 }
 
 FLOAT_FORMATS = {"F32": 4, "F16": 2, "BF16": 2}

@@ -1,12 +1,12 @@
 """Dot products by VPMADDUBSW into int16 for as long as nothing can overflow, then VPMADDWD into
 int32.
 
-An int16 holds the sum of 2 columns a step, and only the whole sum must fit, not its parts: additions
-wrap. So where a format has a zero point, its share is where the sum begins (but for 4 bits, where
-eight steps of whole codes fit), and the largest |code - zero point| * 127 * 2 leaves room for so
-many steps (`steps_of_a_sum`): 8 for 4 bits, and for 5 with a zero point; 4 for 5 bits without one,
-and for 6. Scales of 16 columns allow 4 at most. Codes of 8 bits fill an int16 at once: their sign
-moves to the activation, |code| <= 128 leaves 32,512.
+An int16 holds the sum of 2 columns a step, and only the whole sum must fit, not its parts:
+additions wrap. So where a format has a zero point, its share is where the sum begins (but for 4
+bits, where eight steps of whole codes fit), and the largest |code - zero point| * 127 * 2 leaves
+room for so many steps (`steps_of_a_sum`): 8 for 4 bits, and for 5 with a zero point; 4 for 5 bits
+without one, and for 6. Scales of 16 columns allow 4 at most. Codes of 8 bits fill an int16 at once:
+their sign moves to the activation, |code| <= 128 leaves 32,512.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from cyclewise.machine.kernels.dot import (
     SubScale,
 )
 from cyclewise.machine.kernels.lang import I8, I16, I32, Value, vector
-
 
 _AT_START = {4: AT_HALF_LANE_SUMS, 16: AT_LANE_SUMS, 32: AT_HALF_LANE_SUMS}
 """Where a zero point's share of a sum of int16 is found."""
