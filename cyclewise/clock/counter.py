@@ -32,7 +32,8 @@ from cyclewise.clock.pmu import Counts
 from cyclewise.errors import ClockError
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.kernels.layout import CHAIN, SCHEDULE, THREAD
-from cyclewise.machine.kernels.probes import BLOCK_ADDS, CHAIN_BYTES, IS_X86, probes_unit
+from cyclewise.machine.kernels.probes import BLOCK_ADDS, CHAIN_BYTES, probes_unit
+from cyclewise.machine.kernels.target import IS_X86
 from cyclewise.machine.threads import Threads
 
 Source = Literal["pmu", "tsc+chain", "cntvct"]

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from cyclewise.errors import ClockError
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
-from cyclewise.machine.kernels.probes import IS_X86, pmc_unit
+from cyclewise.machine.kernels.probes import pmc_unit
+from cyclewise.machine.kernels.target import IS_X86
 
 HARDWARE, SOFTWARE = 0, 1
 Event = tuple[int, int]

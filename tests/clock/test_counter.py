@@ -17,8 +17,8 @@ from cyclewise.clock.counter import Anchor, Calibration, Counter, between, open_
 from cyclewise.clock.pmu import Counts
 from cyclewise.errors import ClockError, CyclewiseError
 from cyclewise.machine.kernels.compiler import assembly
-from cyclewise.machine.kernels.probes import BLOCK_ADDS, IS_X86, probes_unit
-from cyclewise.machine.kernels.target import make_target
+from cyclewise.machine.kernels.probes import BLOCK_ADDS, probes_unit
+from cyclewise.machine.kernels.target import IS_X86, X86_SETS, make_target
 from cyclewise.machine.threads import Threads
 
 FLAGS = "flags\t\t: fpu tsc msr {} sse2 avx2 tsc_known_freq"
@@ -290,7 +290,7 @@ def test_all_threads_run_the_chain(opened):
 
 
 @pytest.mark.skipif(not IS_X86, reason="looks for x86 instructions")
-@pytest.mark.parametrize("target", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("target", [*X86_SETS, "plain"])
 def test_the_chain_is_a_chain(target):
     """Adds of two registers that need each other in turn, and between the reads nothing else."""
     text = assembly(probes_unit(), make_target(target))

@@ -12,8 +12,8 @@ import pytest
 from cyclewise.machine.kernels.compiler import assembly
 from cyclewise.machine.kernels.layout import STEP, STEP_BYTES, STEPS_AT, THREAD
 from cyclewise.machine.kernels.loop import clocked_loop_unit, loop_unit
-from cyclewise.machine.kernels.probes import IS_X86, probes_unit
-from cyclewise.machine.kernels.target import host_target, make_target
+from cyclewise.machine.kernels.probes import probes_unit
+from cyclewise.machine.kernels.target import INSTRUCTION_SETS, IS_X86, X86_SETS, make_target
 from cyclewise.machine.machine import Chunk
 from cyclewise.machine.stamps import Stamps
 from cyclewise.models import load_model
@@ -29,15 +29,9 @@ SITES = 1 + 1 + 2
 x86_only = pytest.mark.skipif(not IS_X86, reason="looks for x86 instructions")
 
 
-def targets():
-    """This processor's target, and on x86-64 all the others."""
-    return (
-        [make_target(name) for name in ("avx512", "avx2", "plain")] if IS_X86 else [host_target()]
-    )
-
-
-@pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)
-def test_only_the_clocked_loop_reads_a_counter(target):
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_only_the_clocked_loop_reads_a_counter(name):
+    target = make_target(name)
     plain = assembly(loop_unit(), target)
     assert "execute:" in plain and "step:" in plain
     assert COUNTER.findall(plain) == []
@@ -45,10 +39,10 @@ def test_only_the_clocked_loop_reads_a_counter(target):
 
 
 @x86_only
-@pytest.mark.parametrize("target", targets(), ids=lambda target: target.name)
-def test_the_reads_are_where_they_were_written(target):
+@pytest.mark.parametrize("name", [*X86_SETS, "plain"])
+def test_the_reads_are_where_they_were_written(name):
     """The first comes before any kernel is called, the next right after the replicated one."""
-    text = assembly(clocked_loop_unit(), target)
+    text = assembly(clocked_loop_unit(), make_target(name))
     found = re.findall(r"\t(rdtsc|call|j[a-z]+)", text)
     first = found.index("call")
     assert found[:first].count("rdtsc") == 1

@@ -1,7 +1,7 @@
 """Every target that this processor can run passes the kernels' tests, each in a process of its own.
 
-Targets whose multiply-adds are fused (avx512, avx2) agree with each other to the bit. The plain x86
-target rounds twice, as its twins do, and comes near.
+Targets whose multiply-adds are fused (all but plain) agree with each other to the bit. The plain
+x86 target rounds twice, as its twins do, and comes near.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ from cyclewise.machine.kernels import (
     stream,
 )
 from cyclewise.machine.kernels.compiler import assembly
-from cyclewise.machine.kernels.target import host_target, make_target
+from cyclewise.machine.kernels.target import (
+    INSTRUCTION_SETS,
+    host_target,
+    host_targets,
+    make_target,
+)
 from tests.machine.kernel_calls import FORMATS
 from tests.models import tiny
 from tests.models.test_models import (
@@ -41,7 +46,6 @@ from tests.models.test_models import (
 )
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ("avx512", "avx2", "plain")
 KERNEL_TESTS = (
     "packing",
     "matmul",
@@ -71,7 +75,7 @@ x86_only = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def other_targets():
     """The kernels' tests, running in a process for each target that is not this process's own."""
-    able = TARGETS[TARGETS.index(host_target().name) :]
+    own = host_target().name
     tests = [f"tests/machine/test_{name}.py" for name in KERNEL_TESTS]
     tests.append("tests/models/test_models.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
@@ -80,7 +84,8 @@ def other_targets():
             command, env=os.environ | {"CYCLEWISE_TARGET": name}, cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for name in able[1:]
+        for name in host_targets()
+        if name != own
     }  # fmt: skip
     yield running
     for process in running.values():
@@ -95,16 +100,22 @@ def registers(text, name):
 
 # The processes of `other_targets` work while this one compiles for the next test.
 @x86_only
-@pytest.mark.parametrize("target", ["plain", "avx2"])
+@pytest.mark.parametrize("target", ["plain", "avx2", "avxvnni"])
 def test_no_wider_register_is_used(other_targets, target):
-    widest = {"plain": (), "avx2": ("ymm",)}[target]
+    widest = {"plain": (), "avx2": ("ymm",), "avxvnni": ("ymm",)}[target]
     for unit in UNITS:
         text = assembly(unit, make_target(target))
         assert f"{unit.exports[0]}:" in text
         for register in ("ymm", "zmm"):
             if register not in widest:
                 assert not registers(text, register), f"{unit.name} uses {register}"
-        assert "vpdpbusd" not in text
+        assert not re.search(r"%[xy]mm(1[6-9]|[23]\d)", text), "registers of AVX-512 alone"
+        if target == "avxvnni":
+            # Without the prefix the instruction would be that of AVX-512.
+            assert text.count("vpdpbusd") == len(re.findall(r"\{vex\}\s+vpdpbusd", text))
+            assert "vpmaddubsw" not in text
+        else:
+            assert "vpdpbusd" not in text
 
 
 @x86_only
@@ -115,9 +126,12 @@ def test_what_that_test_would_find(other_targets):
     assert registers(wide, "zmm") and "vpdpbusd" in wide
     narrow = assembly(unit, make_target("avx2"))
     assert registers(narrow, "ymm") and "vpmaddubsw" in narrow and "vfmadd" in narrow
+    short = assembly(unit, make_target("avxvnni"))
+    assert re.search(r"\{vex\}\s+vpdpbusd.*%ymm", short) and "vfmadd" in short
+    assert re.search(r"%zmm(1[6-9]|[23]\d)", wide) and "{vex}" not in wide
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", INSTRUCTION_SETS)
 def test_the_kernels_tests_pass_on_every_target(other_targets, target):
     if target not in other_targets:
         own = target == host_target().name
@@ -138,7 +152,7 @@ def write_logits(folder):
 
 
 def test_targets_agree(tmp_path):
-    able = TARGETS[TARGETS.index(host_target().name) :]
+    able = host_targets()
     code = "import sys, pathlib, tests.machine.test_targets as t; "
     code += "t.write_logits(pathlib.Path(sys.argv[1]))"
     for target in able:
@@ -157,7 +171,7 @@ def test_targets_agree(tmp_path):
 
 def test_a_target_that_is_not_known_or_not_possible(monkeypatch):
     monkeypatch.setenv("CYCLEWISE_TARGET", "avx1024")
-    with pytest.raises(InvalidParameterError, match="avx512, avx2, plain"):
+    with pytest.raises(InvalidParameterError, match=r"avx512, avxvnni, avx2, .*plain"):
         host_target.__wrapped__()
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", dict)
     monkeypatch.setenv("CYCLEWISE_TARGET", "avx2")

@@ -37,9 +37,13 @@ class Unit:
 
 
 @cache
-def _initialize() -> None:
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
+def _initialize(native: bool) -> None:
+    if native:
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+    else:
+        binding.initialize_all_targets()
+        binding.initialize_all_asmprinters()
 
 
 @cache
@@ -51,10 +55,13 @@ def kernels_hash() -> str:
     return digest.hexdigest()
 
 
+def _triple(target: Target) -> str:
+    return target.triple or str(binding.get_default_triple())
+
+
 def _target_machine(target: Target) -> Any:
-    _initialize()
-    triple = binding.get_default_triple()
-    return binding.Target.from_triple(triple).create_target_machine(
+    _initialize(native=not target.triple)
+    return binding.Target.from_triple(_triple(target)).create_target_machine(
         cpu=target.cpu,
         features=target.features,
         opt=3,
@@ -66,7 +73,7 @@ def _target_machine(target: Target) -> Any:
 
 def _optimized(unit: Unit, target: Target, machine: Any) -> Any:
     emitter = Emitter(unit.name, target)
-    emitter.module.triple = binding.get_default_triple()
+    emitter.module.triple = _triple(target)
     emitter.module.data_layout = str(machine.target_data)
     unit.write(emitter)
     module = binding.parse_assembly(str(emitter.module))

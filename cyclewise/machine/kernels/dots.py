@@ -9,7 +9,12 @@ from cyclewise.machine.kernels.dot_plain import PlainDot
 from cyclewise.machine.kernels.dot_vnni import VnniDot
 from cyclewise.machine.kernels.lang import Emitter
 
-_WRITERS: dict[str, type[Dot]] = {"avx512": VnniDot, "avx2": Avx2Dot, "plain": PlainDot}
+_WRITERS: dict[str, type[Dot]] = {
+    "avx512": VnniDot,
+    "avxvnni": VnniDot,
+    "avx2": Avx2Dot,
+    "plain": PlainDot,
+}
 
 
 def make_dot(emitter: Emitter, kind: BlockFormat) -> Dot:

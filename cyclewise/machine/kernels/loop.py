@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 from cyclewise.machine.kernels.compiler import Unit
-from cyclewise.machine.kernels.lang import I32, I64, Emitter, Value
+from cyclewise.machine.kernels.lang import I32, I64, VOID, Emitter, Value
 from cyclewise.machine.kernels.layout import (
     FINISHED_AT,
     LINE,
@@ -46,8 +46,10 @@ _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform 
 
 
 def _pause(emitter: Emitter) -> None:
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    if emitter.target.is_x86:
         emitter.hint("llvm.x86.sse2.pause")
+    elif emitter.target.is_arm:  # YIELD does nothing on most
+        emitter.intrinsic("llvm.aarch64.isb", VOID, emitter.constant(15, I32))
 
 
 def _yield(emitter: Emitter) -> None:

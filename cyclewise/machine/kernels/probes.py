@@ -8,7 +8,6 @@ Linux's `perf_event.h`.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 
 from cyclewise.machine.kernels.compiler import Unit
@@ -25,15 +24,12 @@ PAGE_LOCK, PAGE_INDEX, PAGE_OFFSET, PAGE_CAPABILITIES, PAGE_WIDTH = 8, 12, 16, 4
 CAN_READ = 1 << 2
 """The capability that allows `rdpmc`."""
 
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
-
 
 def _fence(emitter: Emitter) -> None:
     """No instruction behind it starts before all before it have ended."""
-    if IS_X86:
+    if emitter.target.is_x86:
         emitter.hint("llvm.x86.sse2.lfence")
-    elif IS_ARM:
+    elif emitter.target.is_arm:
         emitter.intrinsic("llvm.aarch64.isb", VOID, emitter.constant(15, I32))
 
 

@@ -54,7 +54,8 @@ class Rate:
 
 def rates(target: Target) -> dict[str, Rate]:
     """The raw instructions of a target, by unit."""
-    found = {"avx512": _avx512, "avx2": _avx2, "plain": _plain}[target.name](target)
+    writers = {"avx512": _avx512, "avxvnni": _avxvnni, "avx2": _avx2, "plain": _plain}
+    found = writers[target.name](target)
     return {rate.unit: rate for rate in found}
 
 
@@ -63,9 +64,10 @@ def _fma(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
 
 
 def _vpdpbusd(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
-    as_bytes = vector(I8, 64)
-    codes, values = (emitter.bitcast(x, as_bytes) for x in (left, right))
-    return emitter.intrinsic("llvm.x86.avx512.vpdpbusd.512", chain.type, chain, codes, values)
+    lanes = chain.type.count
+    codes, values = (emitter.bitcast(x, vector(I8, 4 * lanes)) for x in (left, right))
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return emitter.intrinsic(name, chain.type, chain, codes, values)
 
 
 def _vdpbf16ps(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
@@ -93,6 +95,13 @@ def _avx512(target: Target) -> list[Rate]:
     if "+avx512bf16" in target.features:
         found.append(Rate("bf16", "VDPBF16PS", F32, 16, 64, _vdpbf16ps))
     return found
+
+
+def _avxvnni(_: Target) -> list[Rate]:
+    return [
+        Rate("dot", "VPDPBUSD", I32, 8, 64, _vpdpbusd),
+        Rate("fma", "FMA", F32, 8, 16, _fma),
+    ]
 
 
 def _avx2(_: Target) -> list[Rate]:

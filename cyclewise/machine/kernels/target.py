@@ -1,8 +1,8 @@
 """What this processor can do: the one file that asks.
 
-`host_target()` chooses among three instruction sets. `CYCLEWISE_TARGET` (`avx512`, `avx2`,
-`plain`) restricts the choice, for tests and for comparing; a restriction that the processor
-cannot meet is an error.
+`host_target()` takes the first of `host_targets()`, the instruction sets that kernels are written
+for and that this processor has. `CYCLEWISE_TARGET` names another of them, for tests and for
+comparing; one that the processor cannot run is an error.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from functools import cache
 
 from cyclewise.errors import InvalidParameterError
 
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
+"""What this computer is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """A processor to compile for."""
 
     name: str
-    """`avx512` (VPDPBUSD on 512 bits), `avx2` (VPMADDUBSW on 256), or `plain` (what LLVM makes of
-    vectors).
-    """
+    """A key of `INSTRUCTION_SETS`."""
     cpu: str
     """LLVM's name of the processor."""
     features: str
@@ -36,29 +38,78 @@ class Target:
     def has_f16(self) -> bool:
         return self.name != "plain"
 
+    @property
+    def is_x86(self) -> bool:
+        return IS_X86 if self.name == "plain" else self.name in X86_SETS
 
-AVX512_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
-AVX2_FEATURES = ("avx2", "fma", "f16c")
+    @property
+    def is_arm(self) -> bool:
+        return IS_ARM if self.name == "plain" else self.name in ARM_SETS
+
+    @property
+    def triple(self) -> str:
+        """LLVM's name of another architecture than this computer's; otherwise empty."""
+        if self.is_x86 and not IS_X86:
+            return "x86_64-unknown-linux-gnu"
+        return "aarch64-unknown-linux-gnu" if self.is_arm and not IS_ARM else ""
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """What all targets of a name share."""
+
+    needs: tuple[str, ...]
+    """LLVM's names of the features that its kernels use."""
+    least_cpu: str
+    """A processor that every one with those features can stand in for."""
+    lanes: int
+    token_tiles: tuple[int, ...]
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
+
+X86_SETS = {
+    # VPDPBUSD on 512 bits.
+    "avx512": InstructionSet(_AVX512, "cascadelake", 16, (12, 8, 4, 2, 1)),
+    # VPDPBUSD on 256 bits, in the encoding of processors without AVX-512.
+    "avxvnni": InstructionSet((*_AVX2, "avxvnni"), "x86-64-v3", 8, (4, 2, 1)),
+    # VPMADDUBSW on 256 bits.
+    "avx2": InstructionSet(_AVX2, "x86-64-v3", 8, (4, 2, 1)),
+}
+ARM_SETS: dict[str, InstructionSet] = {}
+INSTRUCTION_SETS = {
+    **X86_SETS,
+    **ARM_SETS,
+    # What LLVM makes of vectors, on any processor.
+    "plain": InstructionSet((), "x86-64" if IS_X86 else "generic", 16, (4, 2, 1)),
+}
+"""The best of an architecture first."""
+
+
+def host_targets() -> list[str]:
+    """The instruction sets of this processor, the best first."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    known = X86_SETS if IS_X86 else ARM_SETS if IS_ARM else {}
+    able = [
+        name for name, found in known.items() if all(features.get(need) for need in found.needs)
+    ]
+    return [*able, "plain"]
 
 
 @cache
 def host_target() -> Target:
     """The best target of this processor, or the one that `CYCLEWISE_TARGET` names."""
     wanted = os.environ.get("CYCLEWISE_TARGET", "")
-    if wanted not in ("", "avx512", "avx2", "plain"):
+    if wanted and wanted not in INSTRUCTION_SETS:
         raise InvalidParameterError(
-            f"CYCLEWISE_TARGET is {wanted!r}; it can be avx512, avx2, plain, or left out."
+            f"CYCLEWISE_TARGET is {wanted!r}; it can be {', '.join(INSTRUCTION_SETS)}, or left out."
         )
     from llvmlite import binding
 
-    features = binding.get_host_cpu_features()
-    cpu = binding.get_host_cpu_name()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    able = ["plain"]
-    if x86 and all(features.get(name) for name in AVX2_FEATURES):
-        able.insert(0, "avx2")
-        if all(features.get(name) for name in AVX512_FEATURES):
-            able.insert(0, "avx512")
+    able, cpu = host_targets(), binding.get_host_cpu_name()
     name = wanted or able[0]
     if name not in able:
         raise InvalidParameterError(
@@ -66,15 +117,13 @@ def host_target() -> Target:
             f"it can run {', '.join(able)}."
         )
     if name == able[0] and name != "plain":
-        return make_target(name, cpu, features.flatten())
+        return make_target(name, cpu, binding.get_host_cpu_features().flatten())
     return make_target(name)
 
 
 def make_target(name: str, cpu: str = "", features: str = "") -> Target:
     """A target by name; without a processor, the least one that has its instructions."""
-    if name == "avx512":
-        return Target(name, cpu or "cascadelake", features, 16, (12, 8, 4, 2, 1))
-    if name == "avx2":
-        return Target(name, cpu or "x86-64-v3", features, 8, (4, 2, 1))
-    generic = "x86-64" if platform.machine().lower() in ("x86_64", "amd64") else "generic"
-    return Target("plain", cpu or generic, features, 16, (4, 2, 1))
+    found = INSTRUCTION_SETS[name]
+    if not cpu:
+        cpu, features = found.least_cpu, ",".join(f"+{need}" for need in found.needs)
+    return Target(name, cpu, features, found.lanes, found.token_tiles)
