@@ -18,6 +18,9 @@ import numpy.typing as npt
 
 from cyclewise.weights.formats import Format
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Endings of files that PyTorch's pickle wrote."""
+
 
 class SourceTensor(Protocol):
     """One tensor, as its bytes lie in the source."""
@@ -80,10 +83,20 @@ class Source(Protocol):
 
 
 def open_source(path: Path | str) -> Source:
-    """Opens a model's file or directory.
+    """Opens a GGUF file, or a directory of safetensors as Hugging Face lays them out (named
+    itself, or by a file of weights in it).
 
     Raises ModelNotFoundError, ModelFileError or UnsupportedModelError.
     """
+    path = Path(path)
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        path = path.parent
+    if path.suffix in PICKLES or path.is_dir():
+        from cyclewise.weights.directory import ModelDirectory, refuse_pickle
+
+        if path.suffix in PICKLES and not path.is_dir():
+            raise refuse_pickle(path)
+        return ModelDirectory(path)
     from cyclewise.weights.gguf import GGUFFile
 
     return GGUFFile(path)

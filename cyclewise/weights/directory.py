@@ -1,0 +1,243 @@
+"""Hugging Face directories as a source of weights: config.json, safetensors and what lies beside.
+
+In: a directory. Out: metadata and tensors under GGUF's names (`source.py`), which the readers of
+GGUF files understand. Weights stay as they are stored, F32, F16 or BF16; only Gemma's norms gain
+the 1 that GGUF has added, and GPT-2's matrices are turned round. Nothing here reads pickle: such a
+file is a program, and loading it runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cyclewise.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from cyclewise.weights.formats import FORMATS, Format
+from cyclewise.weights.hf_config import HFConfig, read_hf_config
+from cyclewise.weights.hf_files import read_object, text_metadata
+from cyclewise.weights.hf_names import NameMap
+from cyclewise.weights.mapped import shown
+from cyclewise.weights.safetensors import ITEM_BYTES, SafetensorsFile, StoredTensor
+from cyclewise.weights.source import PICKLES
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryTensor:
+    """A tensor under GGUF's name, and how its bytes are had."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    nbytes: int
+    make: Callable[[], Bytes]
+    stored: tuple[tuple[SafetensorsFile, str], ...]  # what it is made from
+
+
+class ModelDirectory:
+    """An open directory; a context manager.
+
+    Raises ModelNotFoundError where there is none, ModelFileError where something in it is damaged
+    or missing, UnsupportedModelError for another kind of model, of numbers, or of files.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        with ExitStack() as files:
+            config = _config(self.path)
+            shards = _shards(self.path)
+            self._files = [files.enter_context(SafetensorsFile(shard)) for shard in shards]
+            stored = _stored(self._files, self.path)
+            self.metadata: dict[str, Any] = {
+                "general.name": self.path.resolve().name,
+                **config.metadata,
+                **text_metadata(self.path, config.values),
+            }
+            self.tensors: Mapping[str, DirectoryTensor] = _tensors(stored, config, self.path)
+            self._open = files.pop_all()
+
+    def data(self, name: str) -> Bytes:
+        """The tensor's bytes, one-dimensional and read-only."""
+        return self.tensors[name].make()
+
+    def release(self, name: str) -> None:
+        """Let the operating system take back the pages that the tensor was made from."""
+        for file, stored in self.tensors[name].stored:
+            file.release(stored)
+
+    def close(self) -> None:
+        """Unmap the files, now or when the last view of them is gone."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def refuse_pickle(path: Path) -> UnsupportedModelError:
+    """The error for a file, or a directory, whose weights are pickled."""
+    return UnsupportedModelError(
+        f"{path}: PyTorch's pickle files are programs that run when they are read, so they are not "
+        "opened here; take the model's .safetensors files, or convert it where you trust it "
+        "(transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
+    )
+
+
+def _config(path: Path) -> HFConfig:
+    values = read_object(path / "config.json")
+    if values is None:
+        if not path.is_dir():
+            raise ModelNotFoundError(f"{path}: no such directory")
+        others = sorted(each.name for each in path.glob("*.gguf"))
+        if others:
+            raise ModelFileError(f"{path}: a directory of GGUF files; name one, as {others[0]}")
+        if (path / "adapter_config.json").exists():
+            raise UnsupportedModelError(f"{path}: an adapter, not a model; name its base model")
+        raise ModelFileError(f"{path}: config.json is missing, so this is no model's directory")
+    return read_hf_config(values, str(path / "config.json"))
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of weights, each once, in order."""
+    index = read_object(path / _INDEX)
+    if index is not None:
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise ModelFileError(f"{path / _INDEX}: weight_map is missing or no object")
+        files = sorted({str(name) for name in names.values()})
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ModelFileError(f"{path / _INDEX}: {shown(file)} is no name of a shard")
+            if not (path / file).exists():
+                raise ModelFileError(
+                    f"{path}: {file} is missing, one of the model's {len(files)} shards; fetch it"
+                )
+        return [path / file for file in files]
+    if (path / _SINGLE).exists():
+        return [path / _SINGLE]
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise ModelFileError(
+            f"{path}: {_INDEX} is missing, which says where in {len(found)} files a tensor lies"
+        )
+    if any(each.suffix in PICKLES for each in path.iterdir()):
+        raise refuse_pickle(path)
+    raise ModelFileError(f"{path}: there are no .safetensors files in this directory")
+
+
+def _stored(files: list[SafetensorsFile], path: Path) -> dict[str, SafetensorsFile]:
+    """Which file holds a tensor."""
+    where: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in where:
+                raise ModelFileError(
+                    f"{path}: tensor {shown(name)} is in {where[name].path.name} and in "
+                    f"{file.path.name}"
+                )
+            where[name] = file
+    index = read_object(path / _INDEX) if len(files) > 1 else None
+    for name in (index or {}).get("weight_map", {}):
+        if name not in where:
+            raise ModelFileError(f"{path}: no shard holds tensor {shown(name)} of the index")
+    return where
+
+
+def _tensors(
+    stored: dict[str, SafetensorsFile], config: HFConfig, path: Path
+) -> dict[str, DirectoryTensor]:
+    names = NameMap(config.model_type)
+    tensors: dict[str, DirectoryTensor] = {}
+    for source, file in stored.items():
+        if names.is_ignored(source):
+            continue
+        module, _, kind = source.rpartition(".")
+        stem = names.of_module(module)
+        if stem is None or kind not in ("weight", "bias"):
+            raise UnsupportedModelError(
+                f"{file.path}: a model of type {config.model_type} has no tensor {shown(source)} "
+                "that is known here"
+            )
+        if stem == "output" and config.values.get("tie_word_embeddings") is True:
+            continue
+        name = f"{stem}.{kind}"
+        if name in tensors:
+            raise ModelFileError(f"{path}: tensor {shown(source)} is there under two names")
+        tensors[name] = _tensor(name, file, file.tensors[source], config.model_type)
+    if config.values.get("tie_word_embeddings") is False and "output.weight" not in tensors:
+        raise ModelFileError(f"{path}: tensor 'lm_head.weight' is missing")
+    for name, factors in config.factors.items():
+        tensors[name] = _constant(name, factors)
+    return tensors
+
+
+def _tensor(
+    name: str, file: SafetensorsFile, tensor: StoredTensor, model_type: str
+) -> DirectoryTensor:
+    what = f"{file.path}: tensor {shown(tensor.name)}"
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        raise UnsupportedModelError(
+            f"{what} is {tensor.dtype}; weights may be F32, F16, BF16, or in a published layout of "
+            "GPTQ, AWQ or compressed-tensors"
+        )
+    if len(tensor.shape) not in (1, 2) or 0 in tensor.shape:
+        raise ModelFileError(f"{what} has the shape {tensor.shape}, which no weight has")
+    stored = ((file, tensor.name),)
+    if model_type.startswith("gemma") and name.endswith("norm.weight"):
+        return _made(
+            name,
+            "F32",
+            tensor.shape,
+            lambda: file.values(tensor.name).astype(np.float32) + 1,
+            stored,
+        )
+    if model_type == "gpt2" and name.startswith("blk.") and len(tensor.shape) == 2:
+        rows, columns = tensor.shape
+        integers = np.dtype(f"u{ITEM_BYTES[tensor.dtype]}")
+        return _made(
+            name, tensor.dtype, (columns, rows),
+            lambda: file.data(tensor.name).view(integers).reshape(rows, columns).T, stored,
+        )  # fmt: skip
+
+    def view() -> Bytes:
+        data = file.data(tensor.name)
+        # Kernels read whole numbers from where a number may lie.
+        return data.copy() if tensor.offset % ITEM_BYTES[tensor.dtype] else data
+
+    return DirectoryTensor(name, FORMATS[tensor.dtype], tensor.shape, tensor.nbytes, view, stored)
+
+
+def _made(
+    name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], npt.NDArray[Any]],
+    stored: tuple[tuple[SafetensorsFile, str], ...] = (),
+) -> DirectoryTensor:  # fmt: skip
+    nbytes = int(np.prod(shape)) * ITEM_BYTES[dtype]
+
+    def data() -> Bytes:
+        return np.ascontiguousarray(make()).reshape(-1).view(np.uint8)
+
+    return DirectoryTensor(name, FORMATS[dtype], shape, nbytes, data, stored)
+
+
+def _constant(name: str, values: npt.NDArray[np.float32]) -> DirectoryTensor:
+    return _made(name, "F32", values.shape, lambda: values)
