@@ -52,13 +52,16 @@ class ModelDirectory:
     or missing, UnsupportedModelError for another kind of model, of numbers, or of files.
     """
 
+    variant = ""
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         with ExitStack() as files:
             config = _config(self.path)
             shards = _shards(self.path)
-            self._files = [files.enter_context(SafetensorsFile(shard)) for shard in shards]
-            stored = _stored(self._files, self.path)
+            opened = [files.enter_context(SafetensorsFile(shard)) for shard in shards]
+            stored = _stored(opened, self.path)
+            self.files = [self.path / "config.json", *shards]
             self.metadata: dict[str, Any] = {
                 "general.name": self.path.resolve().name,
                 **config.metadata,
