@@ -95,7 +95,10 @@ class Bench:
         self._stamps = Stamps(len(moments), num_threads, HOST_STEPS)
         self.machine.clock(self._stamps)
         self._counter = open_counter()
-        for memory in program.memory:  # a page that was never written is not in memory
+        for memory in (
+            *program.memory,
+            program.cache.pages.reshape(-1),
+        ):  # a page that was never written is not in memory
             if isinstance(memory, np.ndarray) and memory.dtype == np.uint8:
                 memory[::4096] = memory[::4096]
 

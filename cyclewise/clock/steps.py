@@ -6,14 +6,13 @@ spot: a token of decode finds as deep a cache as is wanted, without the prompt t
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cyclewise.machine.kernels.layout import PAGE_TOKENS, ROPE
+from cyclewise.machine.kernels.layout import PAGE_TOKENS
 from cyclewise.machine.machine import Chunk, Machine
 from cyclewise.machine.names import collapsed
 from cyclewise.machine.program import Program
@@ -87,7 +86,4 @@ def touch_cache(program: Program, num_tokens: int) -> None:
     """Fills the KV cache's pages of so many tokens with small numbers: memory that was never
     written is one page of zeros for the operating system, and reading it costs nothing.
     """
-    rope = next(moment for moment in program.moments if moment.kernel == "rope")
-    address = int(rope.record[ROPE.index("keys")])  # layer 0's keys: where the cache begins
-    num_pages = min(program.num_pages, -(-num_tokens // PAGE_TOKENS))
-    ctypes.memset(address, TENTH, num_pages * program.page_bytes)
+    program.cache.pages[: -(-num_tokens // PAGE_TOKENS)] = TENTH

@@ -73,7 +73,9 @@ class Engine:
         self.machine = model.machine
         self.vocab_size = model.config.vocab_size
         self.context = model.config.context_length
-        self._pool = PagePool(self.machine.num_pages, self.machine.page_tokens)
+        self._pool = PagePool(
+            self.machine.num_pages, self.machine.page_tokens, self.machine.copy_page
+        )
 
     def new_sequence(self) -> Sequence:
         """Begin an empty sequence. It owns no page until tokens come."""

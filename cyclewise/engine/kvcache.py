@@ -1,13 +1,16 @@
 """Who owns which page of the KV cache.
 
 The machine keeps keys and values in pages of a few dozen tokens (PagedAttention, Kwon et al. 2023,
-arXiv:2309.06180); this module only keeps the books: `PagePool` knows which pages are free, a
-`Sequence` which pages hold its tokens, in order. The engine makes sequences and hands their page
-tables to the machine. The prefix of a sequence is kept by truncating it: no page is copied.
+arXiv:2309.06180); this module only keeps the books: `PagePool` knows which pages are free and how
+many sequences hold each of the others, a `Sequence` which pages hold its tokens, in order. The
+engine makes sequences and hands their page tables to the machine. The prefix of a sequence is kept
+by truncating it: no page is copied. Sequences that were forked share pages; a page that is about to
+be written is copied first if another sequence holds it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +24,15 @@ if TYPE_CHECKING:
 class PagePool:
     """The free pages. The page freed last is handed out first: its memory is already committed."""
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    def __init__(
+        self, num_pages: int, page_tokens: int, copy_page: Callable[[int, int], None]
+    ) -> None:
+        """`copy_page(source, to)` copies the keys and values of a page."""
         self.num_pages = num_pages
         self.page_tokens = page_tokens
+        self.copy_page = copy_page
         self._free = list(range(num_pages - 1, -1, -1))  # the end is the top
+        self._holders = [0] * num_pages
 
     @property
     def num_free(self) -> int:
@@ -32,11 +40,25 @@ class PagePool:
 
     def take(self) -> int:
         """Hand out one page. The caller has made sure that there is one."""
-        return self._free.pop()
+        page = self._free.pop()
+        self._holders[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Note one more holder of a page that has some."""
+        assert self._holders[page] > 0
+        self._holders[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one sequence holds it, so that nobody may write to it."""
+        return self._holders[page] > 1
 
     def give(self, page: int) -> None:
-        """Take one page back."""
-        self._free.append(page)
+        """Take one page back from one of its holders."""
+        assert self._holders[page] > 0
+        self._holders[page] -= 1
+        if not self._holders[page]:
+            self._free.append(page)
 
 
 class Sequence:
@@ -58,7 +80,7 @@ class Sequence:
         return self._pages[: self._num_pages]
 
     def reserve(self, num_tokens: int) -> None:
-        """Own pages for `num_tokens` tokens in all.
+        """Own pages for `num_tokens` tokens in all; those behind the last token so far alone.
 
         Raises ContextLengthError if the context is shorter, CyclewiseError if the other sequences
         leave too few pages; either way nothing is taken.
@@ -68,13 +90,21 @@ class Sequence:
                 f"{num_tokens} tokens do not fit into the context of {self._context}: shorten the "
                 f"prompt, or load the model with a larger `context`"
             )
-        missing = -(-num_tokens // self._pool.page_tokens) - self._num_pages
-        if missing > self._pool.num_free:
+        writes = num_tokens > len(self.token_ids)
+        last, place = divmod(len(self.token_ids), self._pool.page_tokens)
+        copied = writes and place > 0 and self._pool.is_shared(int(self._pages[last]))
+        missing = max(0, -(-num_tokens // self._pool.page_tokens) - self._num_pages)
+        if missing + copied > self._pool.num_free:
             raise CyclewiseError(
-                f"the KV cache is full: {missing} more pages are needed and "
+                f"the KV cache is full: {missing + copied} more pages are needed and "
                 f"{self._pool.num_free} of {self._pool.num_pages} are free; free a sequence, or "
-                f"load the model with a larger `context`"
+                f"load the model with a larger `context` or more `sequences`"
             )
+        if copied:
+            shared, own = int(self._pages[last]), self._pool.take()
+            self._pool.copy_page(shared, own)
+            self._pool.give(shared)
+            self._pages[last] = own
         for _ in range(missing):
             self._pages[self._num_pages] = self._pool.take()
             self._num_pages += 1
@@ -88,3 +118,15 @@ class Sequence:
         while self._num_pages > needed:
             self._num_pages -= 1
             self._pool.give(int(self._pages[self._num_pages]))
+
+    def fork(self) -> Sequence:
+        """A sequence of the same tokens, in the same pages. Either may go on: it takes pages of its
+        own as it does, and a copy of the last one if that is partly filled.
+        """
+        other = Sequence(self._pool, self._context)
+        other.token_ids = self.token_ids.copy()
+        other._num_pages = -(-len(self) // self._pool.page_tokens)
+        other._pages[: other._num_pages] = self._pages[: other._num_pages]
+        for page in other.pages.tolist():
+            self._pool.share(page)
+        return other

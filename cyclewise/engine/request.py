@@ -127,6 +127,9 @@ class Machine(Protocol):
     def num_pages(self) -> int:
         """Pages of the KV cache."""
 
+    def copy_page(self, source: int, to: int) -> None:
+        """Copies the keys and values of a page."""
+
     def step(
         self,
         token_ids: npt.NDArray[np.int32],

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine import costs
+from cyclewise.machine.cache import Heads, KVCache
 from cyclewise.machine.costs import Form, MatrixShape
 from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, GROUP, ROWS
@@ -94,8 +95,8 @@ class Builder:
         self._memory: list[object] = []
         self._epsilon, self._num_threads = epsilon, num_threads
         self._scratch_bytes = 0
+        heads = Heads(num_heads, num_kv_heads, head_dim)
         self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
-        self._padded_head_dim = -(-head_dim // ROWS) * ROWS
         self._vocab_size, self._context = vocab_size, context_length
         widest = max(hidden_size, num_heads * head_dim, feed_forward)
         self._hidden = self._buffer(hidden_size)
@@ -113,12 +114,7 @@ class Builder:
         at = private + MAX_BATCH_TOKENS * normed_stride
         self._quantized = _Buffer(at, quantized_stride, widest, True)
         self._own_private = private + -(-small // LINE) * LINE
-        # One page of the cache: every layer's keys, then its values.
-        self._key_bytes = num_kv_heads * head_dim * PAGE_TOKENS * 2
-        self._value_bytes = num_kv_heads * self._padded_head_dim * PAGE_TOKENS * 2
-        self._page_bytes = num_layers * (self._key_bytes + self._value_bytes)
-        self._num_pages = -(-context_length // PAGE_TOKENS)
-        self._cache = self._allocate(self._page_bytes * self._num_pages)
+        self._cache = KVCache(heads, num_layers, -(-context_length // PAGE_TOKENS))
 
     # Buffers
 
@@ -269,17 +265,17 @@ class Builder:
             rope_dim = 2 * cosines.shape[1]
         for weight in (query_norm, key_norm):
             assert weight is None or weight.size >= self._head_dim
-        keys, cache_values = self._layer_cache(layer)
+        keys, cache_values = self._cache.layer(layer)
         values = {
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
             "num_heads": self._heads, "num_kv_heads": self._kv_heads,
-            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
+            "head_dim": self._head_dim, "padded_head_dim": self._cache.heads.padded_head_dim,
             "rope_dim": rope_dim,
             "cosines": self._pointer(cosines), "sines": self._pointer(sines),
             "scale": _bits(self._head_dim**-0.5 if scale is None else scale),
             "query_norm": self._pointer(query_norm), "key_norm": self._pointer(key_norm),
             "epsilon": _bits(self._epsilon),
-            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+            "keys": keys, "values": cache_values, "page_bytes": self._cache.page_bytes,
         }  # fmt: skip
         form = costs.rope_form(
             self._heads, self._kv_heads, self._head_dim, rope_dim,
@@ -299,12 +295,12 @@ class Builder:
             softcap: a score becomes softcap * tanh(score / softcap); None: it stays as it is.
         """
         assert (window is None or window > 0) and (softcap is None or softcap > 0)
-        keys, cache_values = self._layer_cache(layer)
+        keys, cache_values = self._cache.layer(layer)
         values = {
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
             "num_heads": self._heads, "num_kv_heads": self._kv_heads,
-            "head_dim": self._head_dim, "padded_head_dim": self._padded_head_dim,
-            "keys": keys, "values": cache_values, "page_bytes": self._page_bytes,
+            "head_dim": self._head_dim, "padded_head_dim": self._cache.heads.padded_head_dim,
+            "keys": keys, "values": cache_values, "page_bytes": self._cache.page_bytes,
             "out": self._attended.address, "out_stride": self._attended.stride,
             "window": window or attention.NO_WINDOW, "softcap": _bits(softcap or 0.0),
         }  # fmt: skip
@@ -315,10 +311,6 @@ class Builder:
             name, "activation", "attention", ATTENTION, values, "queries", form,
             tiles_per_block=self._kv_heads,
         )  # fmt: skip
-
-    def _layer_cache(self, layer: int) -> tuple[int, int]:
-        keys = self._cache + layer * (self._key_bytes + self._value_bytes)
-        return keys, keys + self._key_bytes
 
     def _input(
         self, name: str, matrices: Sequence[Matrix], source: _Buffer, of_logits: bool = False
@@ -392,12 +384,11 @@ class Builder:
         group = self._heads // self._kv_heads
         scratch = max(
             2 * linear.SUMS_BYTES + matmul.SCRATCH_BYTES,
-            attention.scratch_bytes(group, self._padded_head_dim),
+            attention.scratch_bytes(group, self._cache.heads.padded_head_dim),
             self._scratch_bytes,
         )
         return Program(
-            tuple(self._moments), self._vocab_size, self._context,
-            self._num_pages, self._page_bytes, self._page_bytes // PAGE_TOKENS, table,
+            tuple(self._moments), self._vocab_size, self._context, self._cache, table,
             self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
         )  # fmt: skip
 

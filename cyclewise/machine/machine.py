@@ -184,6 +184,10 @@ class Machine:
             stamps.note(chunks, num_logits, before, time.perf_counter_ns())
         return self.program.logits[:num_logits, : self.program.vocab_size]
 
+    def copy_page(self, source: int, to: int) -> None:
+        """Copies a page of the KV cache: keys and values of all layers."""
+        self.program.cache.copy_page(source, to)
+
     def read_bandwidth(self, seconds: float = 0.3, num_bytes: int = PROBE_BYTES) -> float:
         """Bytes a second that this machine's threads read from memory, each its own part: the
         best pass.

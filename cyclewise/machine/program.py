@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.cache import KVCache
 from cyclewise.machine.costs import Form
 from cyclewise.machine.names import layer_of
 
@@ -59,9 +60,7 @@ class Program:
     moments: tuple[Moment, ...]
     vocab_size: int
     context_length: int
-    num_pages: int
-    page_bytes: int
-    kv_bytes_per_token: int
+    cache: KVCache = field(repr=False)
     logits: NDArray[np.float32]
     """(MAX_BATCH_TOKENS, padded vocabulary)."""
     num_threads: int
@@ -77,6 +76,16 @@ class Program:
     def weight_bytes(self) -> int:
         """Bytes of weights that a token of decode streams."""
         return sum(moment.weight_bytes for moment in self.moments)
+
+    @property
+    def num_pages(self) -> int:
+        """Of the KV cache."""
+        return self.cache.num_pages
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that a token adds to the KV cache."""
+        return self.cache.bytes_per_token
 
     @property
     def num_layers(self) -> int:

@@ -30,6 +30,9 @@ class FakeMachine:
         self.steps.append(len(token_ids))
         return self.table[token_ids[list(logit_rows)]]
 
+    def copy_page(self, source: int, to: int) -> None:
+        pass
+
     def read_bandwidth(self, seconds: float) -> float:
         self.num_probes += 1
         return self.bandwidth

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cyclewise.clock.limits import Limits
+from cyclewise.machine.cache import Heads, KVCache
 from cyclewise.machine.costs import (
     BatchShape,
     MatrixShape,
@@ -42,7 +43,7 @@ def program(**forms):
         for name, form in forms.items()
     )
     nothing = np.zeros((0, 0), np.float32)
-    return Program(moments, 1, 1, 1, 1, 1, nothing, 1, 0, 0, ())
+    return Program(moments, 1, 1, KVCache(Heads(1, 1, 1), 1, 1), nothing, 1, 0, 0, ())
 
 
 def limits(num_threads=1, memory_bandwidth=None, **forms):

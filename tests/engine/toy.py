@@ -55,6 +55,9 @@ class ToyMachine:
         self.before_step: Callable[[], None] = lambda: None
         self._out = np.empty((max_batch_tokens, VOCAB_SIZE), dtype=np.float32)
 
+    def copy_page(self, source, to):
+        self.kv[to] = self.kv[source]
+
     def step(self, token_ids, chunks, logit_rows):
         self.before_step()
         assert token_ids.dtype == np.int32

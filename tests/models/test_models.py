@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from cyclewise.engine.engine import Engine
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
 from cyclewise.machine.machine import Chunk
 from cyclewise.models import load_model
@@ -270,3 +271,18 @@ def test_the_greedy_story(shared_data, tmp_path):
     again = run.logits(ids[:-1])
     assert again.argmax(axis=1).tolist() == ids[1:]
     run.model.close()
+
+
+def test_a_fork_has_the_bits_of_its_own_text(runner):
+    """Two sequences that share a page go on, each with a copy of it."""
+    model = FLOAT_MODELS["qwen2"]
+    run, _ = runner(model, 2)
+    engine = Engine(run.model)
+    ids, ends = token_ids(model, 45), [token_ids(model, 5, 1), token_ids(model, 9, 2)]
+    first = engine.new_sequence()
+    engine.evaluate(first, ids, "none")
+    forks = [first, first.fork()]
+    got = [engine.evaluate(each, end, "all") for each, end in zip(forks, ends, strict=True)]
+    assert forks[0].pages[0] == forks[1].pages[0] and forks[0].pages[1] != forks[1].pages[1]
+    for end, logits in zip(ends, got, strict=True):
+        np.testing.assert_array_equal(logits, run.logits(ids + end)[45:])
