@@ -154,6 +154,7 @@ def _with_matrices(part: Part, change: Callable[[MatrixShape], MatrixShape]) -> 
     before = sum(matrix.num_bytes for matrix in part.form.matrices)
     matrices = tuple(change(matrix) for matrix in part.form.matrices)
     form = part.form
+    streamed = max(1, form.num_chosen)
     work = sum(m.rows * m.columns for m in form.matrices)
     left = sum(m.rows * m.columns for m in matrices)
     return replace(
@@ -161,7 +162,8 @@ def _with_matrices(part: Part, change: Callable[[MatrixShape], MatrixShape]) -> 
         form=replace(
             form,
             matrices=matrices,
-            weight_bytes=form.weight_bytes - before + sum(m.num_bytes for m in matrices),
+            weight_bytes=form.weight_bytes
+            + streamed * (sum(m.num_bytes for m in matrices) - before),
             operations_per_row=form.operations_per_row * left // work,
         ),
     )

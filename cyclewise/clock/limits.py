@@ -65,7 +65,8 @@ class Limits:
         self._bandwidths = [at_threads(level.bandwidth, num_threads) for level in roofs.levels]
         if memory_bandwidth is not None:
             self._bandwidths[-1] = memory_bandwidth
-        self._weight_bytes = program.weight_bytes
+        self._weight_bytes: dict[int, int] = {}
+        self._weights = [m.form for m in program.moments if m.form.weight_bytes]
         self._reading = [m.form for m in program.moments if m.form.kv_bytes_per_key]
 
     def seconds(self, moment: Moment | Form, shape: BatchShape) -> Limit:
@@ -111,8 +112,15 @@ class Limits:
         return next(i for i, capacity in enumerate(self._capacities) if num_bytes <= capacity)
 
     def _streamed(self, shape: BatchShape) -> int:
-        """Bytes that a step passes over once: all weights, and the earlier keys and values."""
-        return self._weight_bytes + sum(_earlier_bytes(form, shape) for form in self._reading)
+        """Bytes that a step passes over once: its weights, and the earlier keys and values."""
+        weights = self._streamed_weights(shape.num_tokens)
+        return weights + sum(_earlier_bytes(form, shape) for form in self._reading)
+
+    def _streamed_weights(self, num_tokens: int) -> int:
+        if num_tokens not in self._weight_bytes:
+            total = sum(form.weight_bytes_of(num_tokens) for form in self._weights)
+            self._weight_bytes[num_tokens] = total
+        return self._weight_bytes[num_tokens]
 
 
 def _earlier_bytes(form: Form, shape: BatchShape) -> int:

@@ -136,9 +136,14 @@ class Predictor:
 
     def _matrices(self, form: Form, rows: int) -> float:
         fixed = seconds = waiting = least = 0.0
+        weight_bytes, count_read = form.weight_bytes_of(rows), 1.0
+        if form.num_experts:
+            # Every expert that is read has its part of the tokens.
+            count_read = form.experts_read(rows)
+            rows = max(1, round(rows * form.num_chosen / count_read))
         for matrix in form.matrices:
             costs = self._costs[matrix.format]
-            tiles, groups = -(-matrix.rows // ROWS), matrix.columns / GROUP
+            tiles, groups = count_read * -(-matrix.rows // ROWS), matrix.columns / GROUP
             fixed = max(fixed, between(costs["fixed"], rows))
             each, full = (
                 between(costs["tile"], count) + groups * between(costs["group"], count)
@@ -147,13 +152,13 @@ class Predictor:
             seconds += tiles / self._num_threads * each
             least += tiles / self._num_threads * min(each, full * rows / COUNTS[-1])
             if rows <= MOST_COLD:
-                waiting += matrix.num_bytes / between(costs["bandwidth"], rows)
+                waiting += count_read * matrix.num_bytes / between(costs["bandwidth"], rows)
         if not waiting:
             return fixed + seconds
         # A full batch shares the unpacking: arithmetic alone takes more than its tokens' part.
         share = min(1.0, waiting / seconds) ** OVERLAP
         share = min(share, 1 - (least / seconds) ** OVERLAP)
-        slower = form.weight_bytes / waiting / self._bandwidth
+        slower = weight_bytes / waiting / self._bandwidth
         scaled = (1 - share + share * slower**OVERLAP) ** (1 / OVERLAP)
         return float(fixed + seconds * scaled)
 
@@ -183,6 +188,9 @@ class Predictor:
             usual = (SHAPE.num_heads + 2 * SHAPE.num_kv_heads) * SHAPE.head_dim
             return between(costs["rope"], rows) * size / usual
         usual = SHAPE.hidden_size
+        if kind not in costs:
+            # Not calibrated: it is taken to handle bytes as a norm does.
+            return between(costs["norm"], rows) * part.form.bytes_per_row / (8 * usual)
         width = part.form.weight_bytes / 4 if kind == "norm" else usual
         return between(costs[kind], rows) * width / usual
 

@@ -114,10 +114,15 @@ class Form:
         """Experts that at least one of the rows chooses, on average, if each row chooses evenly and
         on its own: E (1 - (1 - k / E)^n). A single row reads exactly those that it chooses.
         """
-        if not self.num_experts:
-            return 0.0
-        missed: float = (1 - self.num_chosen / self.num_experts) ** rows
+        missed: float = (1 - self.num_chosen / max(1, self.num_experts)) ** rows
         return self.num_experts * (1 - missed)
+
+    def weight_bytes_of(self, rows: int, experts_read: float | None = None) -> int:
+        """Of a batch of so many rows: those of every expert that one of them chooses, of so many
+        as `experts_read` says if that is known.
+        """
+        read = self.experts_read(rows) if experts_read is None else experts_read
+        return self.weight_bytes + round(self.expert_bytes * (read - self.num_chosen))
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,15 +323,11 @@ def cost(form: Form, batch: BatchShape, experts_read: int | None = None) -> Cost
     rows = batch.num_logits if form.of_logits else batch.num_tokens
     if not rows:
         return Cost(form.unit, 0, 0, 0, 0)
-    weight_bytes = form.weight_bytes
-    if form.num_experts:
-        read = form.experts_read(rows) if experts_read is None else experts_read
-        weight_bytes += round(form.expert_bytes * (read - form.num_chosen))
     return Cost(
         unit=form.unit,
         operations=form.operations_per_row * rows
         + form.operations_per_pair * batch.num_pairs(form.window),
-        weight_bytes=weight_bytes,
+        weight_bytes=form.weight_bytes_of(rows, experts_read),
         activation_bytes=form.bytes_per_row * rows,
         kv_bytes=form.kv_bytes_per_row * rows + form.kv_bytes_per_key * batch.num_keys(form.window),
     )
