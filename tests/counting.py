@@ -17,6 +17,7 @@ import numpy as np
 from cyclewise.machine.kernels.blocks import tile_bytes
 from tests import naive
 from tests.models.tiny import Tensor
+from tests.naive_experts import route
 
 COUNTED = (
     "add", "subtract", "multiply", "divide", "negative", "absolute", "maximum", "exp", "tanh",
@@ -104,6 +105,8 @@ class CountingTransformer:
     twin: naive.Transformer
     tensors: dict[str, Tensor]
     """As they lie in the file."""
+    experts_read: dict[str, int] = field(default_factory=dict)
+    """Of the last batch, by layer."""
     kept: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=dict)
     """Keys and values by sequence and layer, float16 (positions, kv_heads, head_dim)."""
 
@@ -125,6 +128,9 @@ class CountingTransformer:
             output = [file + "attn_output"]
             x = self._linear(book, name + "attention.output", output, attended, onto=x)
             normed = self._norm(book, name + "ffn.norm", file + "ffn_norm", x)
+            if twin.num_chosen:
+                x = self._experts(book, name + "ffn.", file, normed, x)
+                continue
             gated = self._gated(book, name + "ffn.gate_up", file, normed)
             x = self._linear(book, name + "ffn.down", [file + "ffn_down"], gated, onto=x)
         if not logit_rows:
@@ -188,6 +194,47 @@ class CountingTransformer:
             out = (naive.silu(gate) * up).astype(np.float32)
             count.activation_bytes += num_bytes + out.nbytes
             return out
+
+    def _experts(self, book, name, file, normed, x):
+        """The tokens of each expert that is chosen go through its matrices alone."""
+        twin = self.twin
+        logits = self._linear(book, name + "router", [file + "ffn_gate_inp"], normed)
+        with book.moment(name + "route") as count:
+            routing = route(logits, twin.num_chosen, normalize=twin.normalized)
+            written = routing.chosen.astype(np.int32), routing.weights.astype(np.float32)
+            count.activation_bytes += logits.nbytes + sum(array.nbytes for array in written)
+        self.experts_read[name] = len(routing.experts)
+        files = [f"{file}ffn_{kind}.0" for kind in ("gate", "up")]
+        inputs, num_bytes = self._input(book, name + "gate_up", files, normed)
+        quantized = inputs is not normed
+        if not quantized:
+            with book.moment(name + "gate_up.gather") as count:
+                count.activation_bytes += normed.nbytes
+        count = list(book.counts.values())[-1]
+        # Each of a token's experts has a row of its own.
+        count.activation_bytes += num_bytes * (twin.num_chosen - quantized)
+        with book.moment(name + "gate_up") as count:
+            rows = []
+            for expert in routing.experts:
+                each = inputs[routing.tokens_of(expert)]
+                gate, up = (
+                    self._product(count, f"{file}ffn_{kind}.{expert}", each)
+                    for kind in ("gate", "up")
+                )
+                rows.append((naive.silu(gate) * up).astype(np.float32))
+            count.activation_bytes += num_bytes * twin.num_chosen + sum(r.nbytes for r in rows)
+        gated = np.concatenate(rows)
+        gated, num_bytes = self._input(book, name + "down", [file + "ffn_down.0"], gated)
+        out, first = x.copy(), 0
+        with book.moment(name + "down") as count:
+            for expert, each in zip(routing.experts, rows, strict=True):
+                tokens = routing.tokens_of(expert)
+                part = self._product(count, f"{file}ffn_down.{expert}", gated[first:][: len(each)])
+                weights = [[routing.weight(token, expert)] for token in tokens]
+                out[tokens] = out[tokens] + part * np.array(weights, np.float32)
+                first += len(each)
+            count.activation_bytes += num_bytes + x.nbytes + out.nbytes
+        return out
 
     def _attention(self, book, name, layer, chunks, qkv):
         twin = self.twin

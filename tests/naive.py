@@ -408,6 +408,10 @@ class Transformer:
     quantized: frozenset[str] = field(default_factory=frozenset)
     """Names of the tensors whose format is quantized."""
     int8: bool = False
+    num_chosen: int = 0
+    """Experts that a token goes to, where layers have some."""
+    normalized: bool = True
+    """Their weights have the sum 1."""
 
     def logits(self, token_ids: list[int]) -> Floats:
         """float32 (tokens, vocabulary)."""
@@ -455,8 +459,26 @@ class Transformer:
         return self._linear(name + "attn_output", np.array(attended, np.float32))
 
     def _feed_forward(self, name: str, x: Floats) -> Floats:
-        opened = silu(self._linear(name + "ffn_gate", x)).astype(np.float32)
-        return self._linear(name + "ffn_down", opened * self._linear(name + "ffn_up", x))
+        if name + "ffn_gate_inp.weight" in self.tensors:
+            return self._experts(name, x)
+        return self._gated(name, "", x)
+
+    def _gated(self, name: str, expert: str, x: Floats) -> Floats:
+        gate, up, down = (f"{name}ffn_{kind}{expert}" for kind in ("gate", "up", "down"))
+        opened = silu(self._linear(gate, x)).astype(np.float32)
+        return self._linear(down, opened * self._linear(up, x))
+
+    def _experts(self, name: str, x: Floats) -> Floats:
+        """Token by token: the softmax over the experts' logits, of which the largest count."""
+        out = np.zeros_like(x)
+        for token, logits in enumerate(self._linear(name + "ffn_gate_inp", x)):
+            shares = np.exp(logits.astype(np.float64) - logits.max())
+            chosen = np.argsort(-logits, kind="stable")[: self.num_chosen]
+            shares /= shares[chosen].sum() if self.normalized else shares.sum()
+            for expert in chosen.tolist():
+                part = self._gated(name, f".{expert}", x[token : token + 1])[0]
+                out[token] += np.float32(shares[expert]) * part
+        return out
 
 
 def kl_divergence(logits: Floats, reference: Floats) -> float:

@@ -62,12 +62,12 @@ def load_model(
     from cyclewise.machine.host import available_cpus
     from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
-    from cyclewise.models import gemma2, gemma3, llama, qwen3
+    from cyclewise.models import gemma2, gemma3, llama, mixtral, qwen3, qwen3moe
     from cyclewise.weights.source import open_source
 
     builders = {
         "llama": llama.build, "qwen2": llama.build, "qwen3": qwen3.build, "gemma2": gemma2.build,
-        "gemma3": gemma3.build,
+        "gemma3": gemma3.build, "qwen3moe": qwen3moe.build,
     }  # fmt: skip
     num_threads = resolve_threads(threads)
     with open_source(path) as source:
@@ -83,7 +83,10 @@ def load_model(
         config = read_config(source.metadata, architecture, table.shape[0], context)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
         with Weights(source, available_cpus()) as weights:
-            program = builders[architecture](config, weights, available_cpus())
+            build = builders[architecture]
+            if architecture == "llama" and config.num_experts:
+                build = mixtral.build
+            program = build(config, weights, available_cpus())
         formats: dict[str, int] = {}
         for tensor in source.tensors.values():
             formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes

@@ -79,6 +79,8 @@ class Config:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_feed_forward: int = 0
+    expert_weights_normalized: bool = True
+    """The weights of a token's experts have the sum 1."""
 
     def window(self, layer: int) -> int | None:
         """How many keys a token of that layer sees; None: all."""
@@ -171,6 +173,7 @@ def read_config(
         expert_feed_forward=read.integer("expert_feed_forward_length", feed_forward)
         if experts
         else 0,
+        expert_weights_normalized=bool(read.get("expert_weights_norm") in (None, True)),
     )
 
 

@@ -7,11 +7,13 @@ GGUF's names for tensors and the order of their rows. A bias is added where the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.machine.builder import Activation, Builder
+from cyclewise.machine.experts import ExpertBuilder, ExpertShape
 from cyclewise.machine.packing import Matrix, Weights
 from cyclewise.machine.program import Program
 from cyclewise.models.config import Config, Rope
@@ -26,15 +28,22 @@ class Decoder:
 
     def __init__(self, config: Config, weights: Weights, num_threads: int) -> None:
         self.config, self.weights = config, weights
-        self.builder = Builder(
-            hidden_size=config.hidden_size, head_dim=config.head_dim, num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads, num_layers=config.num_layers,
-            feed_forward=config.feed_forward, vocab_size=config.vocab_size,
-            context_length=config.context_length, num_threads=num_threads,
-            epsilon=config.norm_epsilon,
-        )  # fmt: skip
-        shape = (config.vocab_size, config.hidden_size)
-        self._table = weights.matrix("token_embd.weight", shape)
+        sizes: dict[str, Any] = {
+            "hidden_size": config.hidden_size, "head_dim": config.head_dim,
+            "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads,
+            "num_layers": config.num_layers, "feed_forward": config.feed_forward,
+            "vocab_size": config.vocab_size, "context_length": config.context_length,
+            "num_threads": num_threads, "epsilon": config.norm_epsilon,
+        }  # fmt: skip
+        self.experts: ExpertBuilder | None = None
+        if config.num_experts:
+            shape = ExpertShape(
+                config.num_experts, config.experts_per_token, config.expert_feed_forward
+            )
+            self.experts = ExpertBuilder(shape, **sizes)
+        self.builder: Builder = self.experts or Builder(**sizes)
+        table = (config.vocab_size, config.hidden_size)
+        self._table = weights.matrix("token_embd.weight", table)
 
     def rope_tables(self, rope: Rope, *, factors: bool = True) -> Tables:
         """Cosines and sines; with `factors` the file's for single frequencies count."""
@@ -78,6 +87,7 @@ class Layer:
             decoder.weights,
             decoder.builder,
         )
+        self._experts = decoder.experts
         self._name, self._file = f"layers.{index}.", f"blk.{index}."
 
     def norm(self, name: str, tensor: str) -> None:
@@ -141,6 +151,25 @@ class Layer:
         """hidden += matrix . gated; `apart`: projected = matrix . gated"""
         shape = (self._config.hidden_size, self._config.feed_forward)
         self._builder.down(self._name + "ffn.down", self._matrix("ffn_down", shape), apart=apart)
+
+    def experts(self) -> None:
+        """hidden += the weighed sum of a feed-forward network each of the experts that a token
+        chooses, as `gate_up` and `down` are one.
+        """
+        builder, config, hidden = self._experts, self._config, self._config.hidden_size
+        assert builder is not None
+        name, wide = self._name + "ffn.", (config.expert_feed_forward, hidden)
+        builder.router(name + "router", self._matrix("ffn_gate_inp", (config.num_experts, hidden)))
+        builder.route(name + "route", normalize=config.expert_weights_normalized)
+        gates, ups, downs = [], [], []
+        for expert in range(config.num_experts):
+            names = (f"{self._file}ffn_{kind}.{expert}.weight" for kind in ("gate", "up"))
+            gate, up = self._weights.pair((next(names), next(names)), wide)
+            gates.append(gate)
+            ups.append(up)
+            downs.append(self._matrix(f"ffn_down.{expert}", wide[::-1]))
+        builder.experts_gated(name + "gate_up", gates, ups)
+        builder.experts_down(name + "down", downs)
 
     def _matrix(
         self, tensor: str, shape: tuple[int, int], order: NDArray[np.int32] | None = None

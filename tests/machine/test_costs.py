@@ -34,6 +34,12 @@ MODELS = {
     "float_layers": Tiny(
         format="Q4_1", formats={"token_embd": "F16", "ffn_down": "F32", "attn_output": "BF16"}
     ),
+    "experts": Tiny(experts=5, chosen=2),
+    "many_experts": Tiny(experts=24, chosen=3, normalized=False, layers=1),
+    "quantized_experts": Tiny(
+        experts=3, chosen=2, format="Q8_0", formats={"ffn_down": "Q4_1"}, vocab=90
+    ),
+    "float_down": Tiny(experts=4, chosen=1, format="Q4_0", formats={"ffn_down": "F16"}),
 }  # fmt: skip
 
 
@@ -57,10 +63,11 @@ def token_ids(model, count, seed=0):
     return np.random.default_rng(seed).integers(0, model.vocab, count).tolist()
 
 
-def closed_forms(program, shape):
+def closed_forms(program, shape, experts_read):
     found = {}
     for moment in program.moments:
-        each = asdict(cost(moment.form, shape))
+        read = experts_read.get(moment.name.rpartition(".")[0] + ".")
+        each = asdict(cost(moment.form, shape, read if moment.form.num_experts else None))
         unit = each.pop("unit")
         assert unit == ("dot" if f"{moment.name}.quantize" in names(program) else "fma")
         found[moment.name] = each
@@ -79,7 +86,7 @@ def check(program, twin, chunks, positions, logit_rows):
     )
     logits, book = twin.run(chunks, logit_rows)
     counted = {name: asdict(count) for name, count in book.counts.items()}
-    given = closed_forms(program, shape)
+    given = closed_forms(program, shape, twin.experts_read)
     assert list(counted) == [name for name in given if name in counted]
     nothing = dict.fromkeys(("operations", "weight_bytes", "activation_bytes", "kv_bytes"), 0)
     assert given == {name: counted.get(name, nothing) for name in given}
@@ -99,7 +106,9 @@ def test_closed_forms_are_what_the_twin_counts(loaded, name):
     check(program, twin, [Chunk(0, first[:3]), Chunk(1, second)], [41, 0], [0, 2, 7])
 
 
-@pytest.mark.parametrize("name", ["tied", "all_biases", "half_rotated", "Q4_1"])
+@pytest.mark.parametrize(
+    "name", ["tied", "all_biases", "half_rotated", "Q4_1", "quantized_experts"]
+)
 def test_what_counts_computes_the_model(loaded, name):
     model = MODELS[name]
     program, twin = loaded(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,10 @@ class Tiny:
     rope_base: float = 10000.0
     rope_scaling: float = 1.0
     rope_factors: bool = False
+    experts: int = 0
+    chosen: int = 0
+    normalized: bool = True
+    """The weights of the chosen experts have the sum 1."""
     format: str = "F32"
     formats: dict[str, str] = field(default_factory=dict)
     """The format of a kind of matrix (`ffn_down`, `output`) where it is another one."""
@@ -101,7 +106,13 @@ def make_tensors(tiny: Tiny) -> dict[str, Tensor]:
         name = f"blk.{layer}."
         tensors[name + "attn_norm.weight"] = norm()
         tensors[name + "ffn_norm.weight"] = norm()
+        if tiny.experts:
+            tensors[f"{name}ffn_gate_inp.weight"] = rows_of(rng, "F32", tiny.experts, tiny.hidden)
         for kind, shape in shapes.items():
+            if tiny.experts and kind.startswith("ffn_"):
+                for expert in range(tiny.experts):
+                    tensors[f"{name}{kind}.{expert}.weight"] = matrix(kind, *shape)
+                continue
             tensors[f"{name}{kind}.weight"] = matrix(kind, *shape)
             if kind in tiny.biases:
                 tensors[f"{name}{kind}.bias"] = vector(rng.standard_normal(shape[0]))
@@ -131,7 +142,11 @@ def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor]) -> None:
     if tiny.rope_scaling != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(tiny.rope_scaling)
-    for name, (data, format_name) in tensors.items():
+    if tiny.experts:
+        writer.add_expert_count(tiny.experts)
+        writer.add_expert_used_count(tiny.chosen)
+        writer.add_expert_weights_norm(tiny.normalized)
+    for name, (data, format_name) in _stacked(tensors).items():
         if format_name == "F32":
             writer.add_tensor(name, data.view(np.float32))
         else:
@@ -143,13 +158,29 @@ def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor]) -> None:
     writer.close()
 
 
+def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's experts in one tensor, as files have them."""
+    found: dict[str, list[NDArray[np.uint8]]] = {}
+    formats: dict[str, str] = {}
+    for name, (data, format_name) in tensors.items():
+        expert = re.fullmatch(r"(.*)\.\d+(\.weight)", name)
+        whole = f"{expert[1]}_exps{expert[2]}" if expert else name
+        found.setdefault(whole, []).append(data)
+        formats[whole] = format_name
+    return {
+        name: (np.stack(parts) if "_exps" in name else parts[0], formats[name])
+        for name, parts in found.items()
+    }
+
+
 def twin(tiny: Tiny, tensors: dict[str, Tensor]) -> naive.Transformer:
     values = {name: naive.dequantize(kind, data) for name, (data, kind) in tensors.items()}
     quantized = frozenset(name for name, (_, kind) in tensors.items() if naive.is_quantized(kind))
     return naive.Transformer(
         values, tiny.layers, tiny.heads, tiny.kv_heads, tiny.head_dim, 1e-5,
         tiny.rope_dim or tiny.head_dim, tiny.rope_base, tiny.rope_scaling,
-        neighbours=tiny.architecture == "llama", quantized=quantized,
+        neighbours=tiny.architecture == "llama", quantized=quantized, num_chosen=tiny.chosen,
+        normalized=tiny.normalized,
     )  # fmt: skip
 
 

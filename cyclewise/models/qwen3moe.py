@@ -1,0 +1,25 @@
+"""Qwen3-MoE (Yang et al., 2025): Qwen3, with a mixture of experts for a feed-forward."""
+
+from __future__ import annotations
+
+from cyclewise.machine.packing import Weights
+from cyclewise.machine.program import Program
+from cyclewise.models.config import Config
+from cyclewise.models.decoder import Decoder
+
+
+def build(config: Config, weights: Weights, num_threads: int) -> Program:
+    """The list of moments."""
+    decoder = Decoder(config, weights, num_threads)
+    rope = decoder.rope_tables(config.rope)
+    decoder.embed()
+    for layer in decoder.layers():
+        layer.norm("attention.norm", "attn_norm")
+        layer.qkv()
+        layer.rope(rope, norms=True)
+        layer.attend()
+        layer.project()
+        layer.norm("ffn.norm", "ffn_norm")
+        layer.experts()
+    decoder.output()
+    return decoder.program()
