@@ -27,6 +27,8 @@ FLOAT_MODELS = {
     "qwen2_half_rotated": Tiny("qwen2", rope_dim=8),
     "F16": Tiny(format="F16"),
     "BF16": Tiny(format="BF16", tied=False),
+    "experts": Tiny(experts=5, chosen=2),
+    "softmax_over_all": Tiny(experts=20, chosen=3, normalized=False, format="F16"),
 }
 BLOCK_MODELS = {
     name: Tiny(format=name, hidden=256, head_dim=64, feed_forward=512, layers=1, tied=False)
@@ -39,6 +41,10 @@ BLOCK_MODELS = {
     ),
     "float_layers": Tiny(
         format="Q4_1", formats={"token_embd": "F16", "ffn_down": "F32", "attn_output": "BF16"}
+    ),
+    "quantized_experts": Tiny(
+        experts=4, chosen=2, format="Q4_K", hidden=256, head_dim=64, feed_forward=256, layers=2,
+        formats={"ffn_down": "Q6_K"}, seed=1,  # no token is torn between two experts
     ),
 }  # fmt: skip
 
@@ -114,7 +120,7 @@ def test_logits_of_quantized_models(runner, name):
     assert naive.kl_divergence(got, exact) <= 1e-3
 
 
-@pytest.mark.parametrize("name", ["tied", "wide_heads", "mixed", "Q4_0"])
+@pytest.mark.parametrize("name", ["tied", "wide_heads", "mixed", "Q4_0", "quantized_experts"])
 def test_the_same_bits_for_every_chunking(runner, name):
     model = (FLOAT_MODELS | BLOCK_MODELS)[name]
     run, _ = runner(model, 2)
@@ -124,7 +130,7 @@ def test_the_same_bits_for_every_chunking(runner, name):
         np.testing.assert_array_equal(run.logits(ids, chunk), whole)
 
 
-@pytest.mark.parametrize("name", ["tied", "mixed"])
+@pytest.mark.parametrize("name", ["tied", "mixed", "experts", "quantized_experts"])
 def test_the_same_bits_for_every_batch(runner, name):
     """Three ragged sequences in one batch, their pages mixed up, prefill beside decode."""
     model = (FLOAT_MODELS | BLOCK_MODELS)[name]
@@ -144,7 +150,7 @@ def test_the_same_bits_for_every_batch(runner, name):
         np.testing.assert_array_equal(got, np.concatenate(want))
 
 
-@pytest.mark.parametrize("name", ["untied", "Q6_K"])
+@pytest.mark.parametrize("name", ["untied", "Q6_K", "softmax_over_all", "quantized_experts"])
 def test_the_same_bits_for_every_number_of_threads(runner, name, monkeypatch):
     monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 3)
     monkeypatch.setattr("cyclewise.machine.host.available_cpus", lambda: 3)
