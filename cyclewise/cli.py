@@ -132,6 +132,18 @@ MinP = Annotated[
 RepetitionPenalty = Annotated[
     float, typer.Option("--repetition-penalty", metavar="X", help="On the last 64 tokens; 1: none.")
 ]
+TypicalP = Annotated[
+    float,
+    typer.Option("--typical-p", metavar="P", help="Only tokens as surprising as is usual; 1: all."),
+]
+PresencePenalty = Annotated[
+    float,
+    typer.Option("--presence-penalty", metavar="X", help="On what was said already; -2 to 2."),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option("--frequency-penalty", metavar="X", help="The same for each time; -2 to 2."),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Same seed, same text. Default: random."),
@@ -157,15 +169,50 @@ def run(
     top_k: TopK = _DEFAULTS.top_k,
     top_p: TopP = _DEFAULTS.top_p,
     min_p: MinP = _DEFAULTS.min_p,
+    typical_p: TypicalP = _DEFAULTS.typical_p,
     repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    presence_penalty: PresencePenalty = _DEFAULTS.presence_penalty,
+    frequency_penalty: FrequencyPenalty = _DEFAULTS.frequency_penalty,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--logit-bias",
+            metavar="ID=BIAS",
+            help="Added to a token's logit, -100 to 100. May be given repeatedly.",
+        ),
+    ] = None,
     seed: Seed = None,
+    n: Annotated[
+        int,
+        typer.Option(
+            "--n", metavar="N", help="Answers; their seeds are S, S + 1, ... of --seed S."
+        ),
+    ] = _DEFAULTS.n,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", metavar="TEXT", help="Ends the answer. May be given repeatedly."),
     ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--stop-token-id", metavar="ID", help="A token that does. May be given repeatedly."
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on when the model ends its turn.")
     ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            "--logprobs",
+            metavar="K",
+            help="With --json: how likely each token was, and the K likeliest.",
+        ),
+    ] = None,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option("--prompt-logprobs", metavar="K", help="The same of the prompt's tokens."),
+    ] = None,
     context: Context = None,
     threads: Threads = None,
 ) -> None:
@@ -175,20 +222,32 @@ def run(
       cyclewise run smollm2 "Name three rivers."
       cyclewise run smollm2 < question.txt > answer.txt
       cyclewise run smollm2 --raw --temperature 0 "The capital of France is"
+      cyclewise run smollm2 --n 3 --seed 1 "Name a river."
+      cyclewise run smollm2 --json --logprobs 5 --max-tokens 1 "Yes or no?"
     """
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        typical_p=typical_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_read_biases(logit_bias or []),
         seed=seed,
+        n=n,
         max_tokens=max_tokens or None,
         stop=stop or (),
+        stop_token_ids=stop_token_id or (),
         ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
     if raw and system is not None:
         raise InvalidParameterError("--raw continues the text as it is, so there is no --system")
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise InvalidParameterError("--logprobs and --prompt-logprobs are shown with --json alone")
     text = _read_prompt() if prompt is None else prompt
     from cyclewise import terminal
     from cyclewise.llm import LLM
@@ -205,10 +264,26 @@ def run(
 
             *_, last = pieces
             assert last.result is not None
-            print_json({"model": model, **dataclasses.asdict(last.result)})
+            facts = dataclasses.asdict(last.result)
+            if n == 1:  # it is what stands there already
+                del facts["choices"]
+            print_json({"model": model, **facts})
         else:
-            result = terminal.show(pieces)
+            result = terminal.show(pieces) if n == 1 else terminal.show_choices(pieces)
             terminal.note(terminal.summary(result, params, llm.context))
+
+
+def _read_biases(pairs: list[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        token_id, _, bias = pair.partition("=")
+        try:
+            biases[int(token_id)] = float(bias)
+        except ValueError:
+            raise InvalidParameterError(
+                f"--logit-bias must be like 42=-100, a token's id and its bias, not {pair!r}"
+            ) from None
+    return biases
 
 
 def _read_prompt() -> str:
@@ -241,7 +316,10 @@ def chat(
     top_k: TopK = _DEFAULTS.top_k,
     top_p: TopP = _DEFAULTS.top_p,
     min_p: MinP = _DEFAULTS.min_p,
+    typical_p: TypicalP = _DEFAULTS.typical_p,
     repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    presence_penalty: PresencePenalty = _DEFAULTS.presence_penalty,
+    frequency_penalty: FrequencyPenalty = _DEFAULTS.frequency_penalty,
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
@@ -259,7 +337,10 @@ def chat(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        typical_p=typical_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
         max_tokens=max_tokens or None,
     )

@@ -24,26 +24,60 @@ from cyclewise.errors import (
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from cyclewise.engine.generation import Generation
+    from cyclewise.engine.kvcache import Sequence as KVSequence
+    from cyclewise.engine.logprobs import Score
     from cyclewise.models import Model
+    from cyclewise.text.answer import Answer
     from cyclewise.text.chat import ChatTemplate
     from cyclewise.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "stop_string", "length"]
+"""The model's end of turn or a stop token, a stop string, max_tokens or the end of the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token, and the natural logarithm of the probability that the model gave it."""
+
+    token_id: int
+    text: str  # with U+FFFD for what is only part of a character; a control token's name
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob(Logprob):
+    """The same of a token of the text, with the most likely tokens in its place, best first."""
+
+    top: list[Logprob]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer of those to a prompt."""
+
+    text: str
+    token_ids: list[int]  # the generated ones, without the token that ended it
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None  # of each generated token, if asked for
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished generation."""
+    """A finished generation; text, token ids, reason and logprobs are those of the first choice."""
 
     text: str
-    token_ids: list[int]  # the generated ones, without the end-of-turn token
+    token_ids: list[int]
     prompt_tokens: int
     reused_tokens: int  # of the prompt, those that lay in the KV cache already
-    generated_tokens: int
+    generated_tokens: int  # of all choices
     seconds_to_first_token: float  # from the start of the prompt's evaluation
     prefill_tokens_per_second: float  # of the prompt's tokens that were evaluated
-    decode_tokens_per_second: float  # after the first token; 0 if there was no second
-    finish_reason: FinishReason  # the model's end of turn, a stop string, max_tokens or the context
+    decode_tokens_per_second: float  # of all choices, after the first token; 0 if it was the only
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None
+    prompt_logprobs: list[TokenLogprob | None] | None  # None for the first token: nothing before it
+    choices: list[Choice]  # as many as `SamplingParams.n` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +86,7 @@ class Piece:
 
     text: str
     result: Result | None = None
+    index: int = 0  # the choice that the text belongs to
 
 
 Stream = Generator[Piece, None, None]
@@ -217,12 +252,14 @@ class LLM:
         return self._template
 
     def _begin(self, prompt_ids: list[int], params: SamplingParams | None) -> Stream:
+        params = SamplingParams() if params is None else params
+        params.check_token_ids(self.engine.vocab_size)
         if len(prompt_ids) > self.context:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens and the context holds {self.context}: "
                 f"shorten it, or load the model with a larger `context`"
             )
-        return self._queued(prompt_ids, SamplingParams() if params is None else params)
+        return self._queued(prompt_ids, params)
 
     def _queued(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
         """Wait for the other calls, then generate."""
@@ -249,52 +286,125 @@ class LLM:
         yield piece  # the last one, when the queue is free again
 
     def _generate(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
-        from cyclewise.engine.generation import Generation, advance
-        from cyclewise.text.answer import Answer
+        from cyclewise.engine.generation import advance
 
+        begin = mark = perf_counter()
         sequence = self._sequence
-        answer = Answer(self.tokenizer.stream(prompt_ids), params.stop)
-        stop_ids = frozenset[int]() if params.ignore_eos else self.tokenizer.stop_ids
-        finish_reason: FinishReason | None = None
-
-        start = mark = perf_counter()
-        # at least one token is evaluated, for its logits
-        reused = min(_common_prefix(sequence.token_ids, prompt_ids), len(prompt_ids) - 1)
-        sequence.truncate(reused)
-        generation = Generation(self.engine, sequence, prompt_ids[reused:], params, stop_ids)
+        reused, scores = self._prefill(prompt_ids, params)
+        forks = [self._fork(sequence) for _ in range(params.n - 1)]
         prefill_seconds = decode_seconds = 0.0  # without the time that the caller keeps a piece
         num_decoded = 0
-        while finish_reason is None:
-            (gained,) = advance(self.engine, [generation])
-            finish_reason = generation.finish_reason
-            if not gained and finish_reason is None:
-                continue  # the prompt goes on
-            text = answer.push(gained)
-            if answer.stopped:
-                finish_reason = "stop_string"
-            if finish_reason is not None:
-                text += answer.end()
-            now = perf_counter()
-            if prefill_seconds:
-                num_decoded += len(gained) + (generation.finish_reason == "stop")
-                decode_seconds += now - mark
-            else:
-                prefill_seconds = now - start
-            if text and finish_reason is None:
-                yield Piece(text)
-            mark = perf_counter()
+        try:
+            voices = [
+                self._voice(index, each, prompt_ids, params.of_answer(index))
+                for index, each in enumerate([sequence, *forks])
+            ]
+            while running := [voice for voice in voices if voice.finish_reason is None]:
+                gained = advance(self.engine, [voice.generation for voice in running])
+                texts = [voice.push(ids) for voice, ids in zip(running, gained, strict=True)]
+                now = perf_counter()
+                if prefill_seconds:
+                    num_decoded += sum(map(len, gained))
+                    num_decoded += sum(voice.finish_reason == "stop" for voice in running)
+                    decode_seconds += now - mark
+                elif gained[0] or running[0].finish_reason is not None:
+                    prefill_seconds = now - begin
+                for voice, text in zip(running, texts, strict=True):
+                    if text:
+                        yield Piece(text, index=voice.index)
+                mark = perf_counter()
+        finally:
+            for fork in forks:
+                self.engine.free(fork)
+        choices = [self._choice(voice, params) for voice in voices]
+        first = choices[0]
         result = Result(
-            text=answer.text,
-            token_ids=answer.token_ids,
+            text=first.text,
+            token_ids=first.token_ids,
             prompt_tokens=len(prompt_ids),
             reused_tokens=reused,
-            generated_tokens=len(answer.token_ids),
+            generated_tokens=sum(len(choice.token_ids) for choice in choices),
             seconds_to_first_token=prefill_seconds,
             prefill_tokens_per_second=(len(prompt_ids) - reused) / prefill_seconds,
             decode_tokens_per_second=num_decoded / decode_seconds if num_decoded else 0.0,
-            finish_reason=finish_reason,
+            finish_reason=first.finish_reason,
+            logprobs=first.logprobs,
+            prompt_logprobs=None if scores is None else [None, *map(self._logprob, scores)],
+            choices=choices,
         )
-        yield Piece(text, result)
+        yield Piece("", result)
+
+    def _prefill(
+        self, prompt_ids: list[int], params: SamplingParams
+    ) -> tuple[int, list[Score] | None]:
+        """Keep what the cache holds of a prompt, and evaluate what is done before its last token.
+
+        Returns how many tokens were reused, and the scores of the prompt's tokens.
+        """
+        engine, sequence = self.engine, self._sequence
+        if params.prompt_logprobs is not None:
+            from cyclewise.engine.logprobs import score_prompt
+
+            engine.free(sequence)
+            return 0, list(score_prompt(engine, sequence, prompt_ids, params.prompt_logprobs))
+        # at least one token is evaluated, for its logits
+        reused = min(_common_prefix(sequence.token_ids, prompt_ids), len(prompt_ids) - 1)
+        sequence.truncate(reused)
+        if params.n > 1:  # that all answers fork from
+            engine.evaluate(sequence, prompt_ids[reused:-1], "none")
+        return reused, None
+
+    def _fork(self, sequence: KVSequence) -> KVSequence:
+        fork = self.engine.new_sequence()
+        self.engine.evaluate(fork, sequence.token_ids, "none")
+        return fork
+
+    def _voice(
+        self, index: int, sequence: KVSequence, prompt_ids: list[int], params: SamplingParams
+    ) -> _Voice:
+        from cyclewise.engine.generation import Generation
+        from cyclewise.text.answer import Answer
+
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.tokenizer.stop_ids
+        rest = prompt_ids[len(sequence) :]
+        return _Voice(
+            index,
+            Generation(self.engine, sequence, rest, params, stop_ids),
+            Answer(self.tokenizer.stream(prompt_ids), params.stop),
+        )
+
+    def _choice(self, voice: _Voice, params: SamplingParams) -> Choice:
+        token_ids = voice.answer.token_ids
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = [self._logprob(score) for score in voice.generation.scores[: len(token_ids)]]
+        assert voice.finish_reason is not None
+        return Choice(voice.answer.text, token_ids, voice.finish_reason, logprobs)
+
+    def _logprob(self, score: Score) -> TokenLogprob:
+        show = self.tokenizer.show
+        top = [Logprob(token_id, show(token_id), value) for token_id, value in score.top]
+        return TokenLogprob(score.token_id, show(score.token_id), score.logprob, top)
+
+
+@dataclass(slots=True)
+class _Voice:
+    """One of the answers that are being generated."""
+
+    index: int
+    generation: Generation
+    answer: Answer
+    finish_reason: FinishReason | None = None
+
+    def push(self, token_ids: list[int]) -> str:
+        """Take the tokens that a step has gained; return the text that is certain now."""
+        text = self.answer.push(token_ids)
+        self.finish_reason = "stop_string" if self.answer.stopped else self.generation.finish_reason
+        if self.finish_reason is not None:
+            text += self.answer.end()
+        return text
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

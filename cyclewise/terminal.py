@@ -34,6 +34,16 @@ def show(pieces: Iterable[Piece]) -> Result:
     return piece.result
 
 
+def show_choices(pieces: Iterable[Piece]) -> Result:
+    """Write several answers, one below the other, when all have ended; return their result."""
+    *_, last = pieces
+    assert last.result is not None
+    for number, choice in enumerate(last.result.choices, 1):
+        note(f"answer {number} of {len(last.result.choices)}")
+        write(choice.text if choice.text.endswith("\n") else choice.text + "\n")
+    return last.result
+
+
 def note(text: str) -> None:
     """Write a remark to standard error, dim on a terminal."""
     sys.stdout.flush()

@@ -125,6 +125,27 @@ def test_run_with_a_seed(toy):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_run_with_several_answers(toy):
+    toy()
+    options = ("--seed", "3", "--max-tokens", "5", "--context", "64")
+    result = call("run", "toy", "xy", *options, "--n", "2")
+    assert result.stderr.splitlines()[:2] == ["answer 1 of 2", "answer 2 of 2"]
+    facts = json.loads(call("run", "toy", "xy", *options, "--n", "2", "--json").stdout)
+    texts = [choice["text"] for choice in facts["choices"]]
+    assert len(texts) == 2
+    assert facts["text"] == texts[0]
+    assert result.stdout == "".join(f"{text}\n" for text in texts)
+
+
+def test_run_with_logprobs(toy):
+    toy("Blue.", prompt_tokens=5)
+    options = ("--logprobs", "2", "--prompt-logprobs", "0", "--logit-bias", f"{ord('B')}=-100")
+    facts = json.loads(call("run", "toy", "sky?", "--raw", "--json", *options, *GREEDY).stdout)
+    assert facts["text"] != "Blue."
+    assert [entry["top"][0]["text"] for entry in facts["logprobs"]][:1] == ["B"]
+    assert [entry and entry["text"] for entry in facts["prompt_logprobs"]] == [None, *"sky?"]
+
+
 def test_sampling_defaults_are_those_of_the_library(toy, monkeypatch):
     seen = []
     toy()
@@ -141,6 +162,10 @@ def test_sampling_defaults_are_those_of_the_library(toy, monkeypatch):
     [
         (["run", "toy", "x", "--top-p", "7"], "error: top_p must be a number from 0 to 1"),
         (["run", "toy", "x", "--max-tokens", "-1"], "error: max_tokens must be"),
+        (["run", "toy", "x", "--logit-bias", "5"], "error: --logit-bias must be like 42=-100"),
+        (["run", "toy", "x", "--logit-bias", "5=101"], "error: logit_bias must be a number from"),
+        (["run", "toy", "x", "--logprobs", "5"], "error: --logprobs and --prompt-logprobs"),
+        (["run", "toy", "x", "--n", "0"], "error: n must be"),
         (["run", "toy", "x", "--threads", "0"], "error: threads must be"),
         (["run", "toy", "x", "--raw", "--system", "y"], "error: --raw"),
         (["run", "toy", "x" * 64, "--raw"], "error: the prompt has 65 tokens and the context"),

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
 
+import numpy as np
 import pytest
 
 import cyclewise.llm
 from cyclewise import LLM, CyclewiseError, Result, SamplingParams
 from cyclewise.errors import ContextLengthError, InvalidParameterError, TemplateError
-from tests.engine.toy import BOS, END, ToyModel, ToyTemplate, ToyTokenizer, scripted
+from tests.engine.toy import BOS, END, ToyModel, ToyTemplate, ToyTokenizer, hashed_logits, scripted
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -282,3 +284,93 @@ def test_bad_arguments(arguments):
 def test_a_prompt_that_is_no_string(make):
     with pytest.raises(InvalidParameterError, match="prompt must be a string"):
         make().generate(["abc"])
+
+
+def test_stop_token_ids(make):
+    llm = make(logits=says("one two", "a"))
+    params = SamplingParams(temperature=0, stop_token_ids=[ord("t"), 7], ignore_eos=True)
+    result = llm.generate("a", params)
+    assert (result.text, result.finish_reason) == ("one ", "stop")
+    with pytest.raises(InvalidParameterError, match="stop_token_ids names token 260"):
+        llm.generate("a", SamplingParams(stop_token_ids=[260]))
+
+
+def test_logprobs(make):
+    llm = make(context=40)
+    params = SamplingParams(seed=1, max_tokens=6, temperature=2, logprobs=3, logit_bias={65: 5})
+    result = llm.generate("abc", params)
+    assert len(result.logprobs) == 6
+    assert [entry.token_id for entry in result.logprobs] == result.token_ids
+    before = [BOS, *b"abc"]
+    for entry in result.logprobs:
+        row = hashed_logits(before)  # as the model gave it
+        log_total = np.logaddexp.reduce(row.astype(np.float64))
+        assert entry.logprob == pytest.approx(row[entry.token_id] - log_total, abs=1e-4)
+        assert [t.token_id for t in entry.top] == np.argsort(-row)[:3].tolist()
+        assert entry.top[0].logprob == pytest.approx(row.max() - log_total, abs=1e-4)
+        assert entry.text == llm.tokenizer.show(entry.token_id)
+        before.append(entry.token_id)
+    assert result.prompt_logprobs is None
+    plain = llm.generate("abc", SamplingParams(max_tokens=2, logprobs=0))
+    assert [entry.top for entry in plain.logprobs] == [[], []]
+    assert llm.generate("abc", SamplingParams(max_tokens=2)).logprobs is None
+
+
+def test_logprobs_of_a_prompt(make):
+    llm = make(context=40)
+    params = SamplingParams(seed=1, max_tokens=3)
+    want = llm.generate("Hello", params)
+    result = llm.generate("Hello", dataclasses.replace(params, prompt_logprobs=1))
+    assert result.token_ids == want.token_ids
+    assert result.reused_tokens == 0
+    assert result.prompt_logprobs[0] is None
+    assert [entry.text for entry in result.prompt_logprobs[1:]] == list("Hello")
+    row = hashed_logits([BOS, *b"Hel"]).astype(np.float64)
+    entry = result.prompt_logprobs[4]
+    assert entry.logprob == pytest.approx(row[ord("l")] - np.logaddexp.reduce(row), abs=1e-4)
+    assert entry.top[0].token_id == int(row.argmax())
+
+
+def test_several_answers_are_those_of_seeds_alone(make):
+    llm = make(context=64, spare_pages=64)
+    params = SamplingParams(seed=5, n=4, max_tokens=9, temperature=1.5, presence_penalty=1)
+    pieces = list(llm.stream("Hello", params))
+    result = pieces[-1].result
+    alone = [
+        make(context=64).generate("Hello", dataclasses.replace(params, n=1, seed=5 + i))
+        for i in range(4)
+    ]
+    assert [choice.text for choice in result.choices] == [each.text for each in alone]
+    assert [choice.token_ids for choice in result.choices] == [each.token_ids for each in alone]
+    for i in range(4):
+        assert "".join(piece.text for piece in pieces if piece.index == i) == alone[i].text
+    assert result.text == alone[0].text
+    assert result.generated_tokens == 36
+    assert len(set(map(tuple, (choice.token_ids for choice in result.choices)))) == 4
+    # the pages of the others are given back
+    again = llm.generate("Hello", dataclasses.replace(params, n=1))
+    assert again.text == alone[0].text
+    assert again.reused_tokens == 5
+
+
+def test_answers_end_each_by_itself(make):
+    def logits(token_ids):
+        row = np.zeros(260, dtype=np.float32)
+        row[[*b"ab"]] = 20
+        if len(token_ids) > 8 or token_ids[-1] == ord("b"):
+            row[END] = 60
+        return row
+
+    llm = make(context=64, spare_pages=64, logits=logits)
+    result = llm.generate("x", SamplingParams(seed=2, n=6, temperature=1, stop="aaa"))
+    texts = [choice.text for choice in result.choices]
+    assert len(set(texts)) > 1
+    for choice in result.choices:
+        if choice.finish_reason == "stop":
+            assert choice.text.endswith("b")
+        else:
+            assert (choice.finish_reason, bytes(choice.token_ids[-3:])) == ("stop_string", b"aaa")
+    assert [
+        c.text
+        for c in llm.generate("x", SamplingParams(seed=2, n=6, temperature=1, stop="aaa")).choices
+    ] == texts

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import cyclewise
+from cyclewise.llm import Choice, Logprob, TokenLogprob
 
 
 def test_names():
@@ -32,7 +33,7 @@ def test_fields():
     def names(kind):
         return [field.name for field in dataclasses.fields(kind)]
 
-    assert names(cyclewise.Piece) == ["text", "result"]
+    assert names(cyclewise.Piece) == ["text", "result", "index"]
     assert names(cyclewise.Result) == [
         "text",
         "token_ids",
@@ -43,17 +44,31 @@ def test_fields():
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
         "finish_reason",
+        "logprobs",
+        "prompt_logprobs",
+        "choices",
     ]
+    assert names(Choice) == ["text", "token_ids", "finish_reason", "logprobs"]
+    assert names(TokenLogprob) == ["token_id", "text", "logprob", "top"]
+    assert names(Logprob) == ["token_id", "text", "logprob"]
     assert names(cyclewise.SamplingParams) == [
         "temperature",
         "top_k",
         "top_p",
         "min_p",
+        "typical_p",
         "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
         "seed",
+        "n",
         "max_tokens",
         "stop",
+        "stop_token_ids",
         "ignore_eos",
+        "logprobs",
+        "prompt_logprobs",
     ]
 
 

@@ -10,10 +10,11 @@ would have been chosen one by one. `llm.py` makes text of them, and ends at stop
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from cyclewise.engine.engine import Engine
 from cyclewise.engine.kvcache import Sequence
+from cyclewise.engine.logprobs import Score, score
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler
 
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Ending = Literal["stop", "length"]
+
+
+class Structure(Protocol):
+    """What tokens must spell. It may find out what is allowed while the machine runs a step."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """(vocab_size,): which tokens may come next. At least one may."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take note of the token chosen; return whether the text is complete and ends here."""
 
 
 class Generation:
@@ -34,22 +45,27 @@ class Generation:
         token_ids: SequenceOf[int],
         params: SamplingParams,
         stop_ids: frozenset[int],
+        structure: Structure | None = None,
     ) -> None:
         """Reserve room for what is left of a prompt; nothing runs yet.
 
         sequence   what of the prompt lies in the KV cache already
         token_ids  the rest of the prompt, at least one token
         stop_ids   tokens that end the generation and are no part of it
+        structure  what its tokens must spell; its own
 
         Raises ContextLengthError if the prompt does not fit.
         """
         self.sequence = sequence
         self.finish_reason: Ending | None = None
         self.num_generated = 0
+        self.scores: list[Score] = []  # of each token generated, if `params.logprobs` asks for it
         self.request = engine.request(sequence, token_ids)  # what the next steps run
         self._engine = engine
         self._max_tokens = params.max_tokens
+        self._num_top = params.logprobs
         self._stop_ids = stop_ids
+        self._structure = structure
         self._sampler = Sampler(params)
         self._drafted: list[int] = []
 
@@ -86,13 +102,19 @@ class Generation:
         token_ids = sequence.token_ids[max(0, first - REPETITION_WINDOW) : first]
         chosen: list[int] = []
         for row, guess in zip(logits, [*self._drafted, None], strict=True):
-            token_id = self._sampler.sample(row, token_ids)
+            allowed = self._structure.allowed() if self._structure else None
+            token_id = self._sampler.sample(row, token_ids, allowed)
             if token_id in self._stop_ids:
                 self.finish_reason = "stop"
                 break
             chosen.append(token_id)
             token_ids.append(token_id)
             self.num_generated += 1
+            if self._num_top is not None:
+                self.scores.append(score(row, token_id, self._num_top))
+            if self._structure and self._structure.advance(token_id):
+                self.finish_reason = "stop"
+                break
             in_cache = first + len(chosen) - 1
             if self.num_generated == self._max_tokens or in_cache == self._engine.context:
                 self.finish_reason = "length"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from cyclewise.machine.machine import Chunk
+
+
+MAX_ANSWERS = 128
+MAX_LOGPROBS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,27 +39,52 @@ class SamplingParams:
     top_k: int = 40  # only the k most likely tokens; 0: all
     top_p: float = 0.95  # the smallest set with this share of the probability; 1: all
     min_p: float = 0.05  # at least this share of the most likely token's probability; 0: all
+    typical_p: float = 1.0  # tokens about as surprising as is usual, of this share; 1: all
     repetition_penalty: float = 1.0  # over the last 64 tokens, prompt included; 1: none
+    presence_penalty: float = 0.0  # taken once off the logit of each token generated; 0: none
+    frequency_penalty: float = 0.0  # taken off each time that the token was generated; 0: none
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id: added to its logit
     seed: int | None = None  # same seed, same text; None: a fresh one each time
+    n: int = 1  # answers to one prompt; the i-th from 0 on is that of seed + i
     max_tokens: int | None = 512  # None: until the model stops or the context is full
     stop: Sequence[str] = ()  # text that ends the answer, and is not part of it; kept as a tuple
+    stop_token_ids: Sequence[int] = ()  # tokens that end it as well; kept as a tuple
     ignore_eos: bool = False  # go on after the end-of-turn token
+    logprobs: int | None = None
+    """The log probability of each token, and of so many most likely ones beside it; None: none.
+
+    They are of the distribution that the model gave: before bias, penalties, structure, filters
+    and temperature (as OpenAI and vLLM have it).
+    """
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, none reused then
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0, math.inf, "0 is greedy")
         check_integer("top_k", self.top_k, 0, 2**31 - 1, "0 keeps all tokens")
-        check_number("top_p", self.top_p, 0, 1, "1 keeps all tokens")
-        if self.top_p == 0:
-            raise InvalidParameterError(
-                "top_p must be greater than 0 (1 keeps all tokens), not 0; "
-                "for the most likely token alone use temperature 0"
-            )
+        for name in ("top_p", "typical_p"):
+            check_number(name, getattr(self, name), 0, 1, "1 keeps all tokens")
+            if getattr(self, name) == 0:
+                raise InvalidParameterError(
+                    f"{name} must be greater than 0 (1 keeps all tokens), not 0; "
+                    f"for the most likely token alone use temperature 0"
+                )
         check_number("min_p", self.min_p, 0, 1, "0 keeps all tokens")
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 is none")
         if self.repetition_penalty == 0:
             raise InvalidParameterError("repetition_penalty must be greater than 0 (1 is none)")
+        check_number("presence_penalty", self.presence_penalty, -2, 2, "0 is none")
+        check_number("frequency_penalty", self.frequency_penalty, -2, 2, "0 is none")
+        if not isinstance(self.logit_bias, Mapping):
+            raise InvalidParameterError(
+                f"logit_bias must be like {{token id: bias}}, not {self.logit_bias!r}"
+            )
+        for token_id, bias in self.logit_bias.items():
+            check_integer("logit_bias", token_id, 0, 2**31 - 1, "ids of tokens")
+            check_number("logit_bias", bias, -100, 100, "which rule a token out and in")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if self.seed is not None:
             check_integer("seed", self.seed, 0, 2**64 - 1, "None draws a fresh one")
+        check_integer("n", self.n, 1, MAX_ANSWERS, "the number of answers")
         if self.max_tokens is not None:
             check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "None is no limit")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
@@ -63,15 +92,45 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise InvalidParameterError(f"stop must hold strings that are not empty: {text!r}")
         object.__setattr__(self, "stop", stop)
+        if isinstance(self.stop_token_ids, int | str):
+            raise InvalidParameterError(
+                f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}"
+            )
+        stop_token_ids = tuple(self.stop_token_ids)
+        for token_id in stop_token_ids:
+            check_integer("stop_token_ids", token_id, 0, 2**31 - 1, "ids of tokens")
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidParameterError(
                 f"ignore_eos must be True or False, not {self.ignore_eos!r}"
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0, MAX_LOGPROBS, "None is none")
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise InvalidParameterError if a token id that is named here is none of the model's."""
+        named = {
+            "logit_bias": self.logit_bias,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        for name, token_ids in named.items():
+            for token_id in token_ids:
+                if token_id >= vocab_size:
+                    raise InvalidParameterError(
+                        f"{name} names token {token_id}, and this model's token ids are from 0 to "
+                        f"{vocab_size - 1}"
+                    )
+
+    def of_answer(self, index: int) -> SamplingParams:
+        """What the answer `index` of `n` is alone: the same with a seed of its own, and n = 1."""
+        seed = None if self.seed is None else (self.seed + index) % 2**64
+        return replace(self, seed=seed, n=1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
         """Make parameters from names and values; an unknown name is an error with the nearest."""
-        known = [field.name for field in fields(cls)]
+        known = [known_field.name for known_field in fields(cls)]
         for name in values:
             if name not in known:
                 near = get_close_matches(str(name), known, n=1)

@@ -96,6 +96,13 @@ class Tokenizer:
         """A token as the vocabulary spells it, for messages and templates; empty for None."""
         return "" if token_id is None else self._vocabulary.tokens[token_id]
 
+    def show(self, token_id: int) -> str:
+        """What a token prints, with U+FFFD for part of a character; the name of one that prints
+        nothing.
+        """
+        piece = self._pieces.of(token_id)
+        return piece.decode(errors="replace") if piece else self.token_text(token_id)
+
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:

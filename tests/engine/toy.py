@@ -143,6 +143,9 @@ class ToyTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def show(self, token_id: int) -> str:
+        return bytes([token_id]).decode(errors="replace") if token_id < 256 else f"<{token_id}>"
+
     def stream(self, prompt_ids: list[int]) -> ToyDetokenizer:
         assert prompt_ids
         return ToyDetokenizer()
