@@ -170,10 +170,48 @@ def _q6_k(block: Bytes) -> Blocks:
     )  # fmt: skip
 
 
+IQ4_TABLE = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int64
+)
+E2M1_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int64)
+
+
+def _iq4_nl(block: Bytes) -> Blocks:
+    return Blocks(IQ4_TABLE[_nibbles(block[..., 2:])], _half(block[..., :2]))
+
+
+def _iq4_xs(block: Bytes) -> Blocks:
+    rows, num_blocks, _ = block.shape
+    codes = IQ4_TABLE[_nibbles(block[..., 8:].reshape(rows, num_blocks, 8, 16))]
+    high = block[..., 2].astype(np.int64) | block[..., 3].astype(np.int64) << 8
+    low = np.stack([block[..., 4:8] & 15, block[..., 4:8] >> 4], axis=-1)
+    scales = low.reshape(rows, num_blocks, 8) | (high[..., None] >> np.arange(0, 16, 2) & 3) << 4
+    scale = _half(block[..., :2])[..., None] * (scales - 32).astype(np.float32)
+    return Blocks(codes.reshape(rows, -1, 32), scale.reshape(rows, -1))
+
+
+def _mxfp4(block: Bytes) -> Blocks:
+    nibbles = _nibbles(block[..., 1:])
+    codes = E2M1_DOUBLED[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+    return Blocks(codes, np.ldexp(np.float32(1), block[..., 0].astype(int) - 128))
+
+
+def _i4(block: Bytes) -> Blocks:
+    rows, num_blocks, _ = block.shape
+    codes = _nibbles(block[..., 3:].reshape(rows, -1, 16))
+    scale, zero_point = _half(block[..., :2]), block[..., 2].astype(np.float32)
+    groups = codes.shape[1] // num_blocks
+    return Blocks(
+        codes, np.repeat(scale, groups, axis=1), np.repeat(-(scale * zero_point), groups, axis=1)
+    )
+
+
 _DECODERS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
     "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1),
     "Q8_0": (34, _q8_0), "Q2_K": (84, _q2_k), "Q3_K": (110, _q3_k), "Q4_K": (144, _q4_k),
-    "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k),
+    "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k), "IQ4_NL": (18, _iq4_nl),
+    "IQ4_XS": (136, _iq4_xs), "MXFP4": (17, _mxfp4), "I4_32": (19, _i4), "I4_64": (35, _i4),
+    "I4_128": (67, _i4),
 }  # fmt: skip
 
 

@@ -2,6 +2,16 @@
 
 The GGUF reader turns the format number of each tensor into a `Format`; `models/` and the packing of
 weights read it. Numbers, names and sizes are those of ggml (`ggml_type` and its block structures).
+
+Three formats are ours, for the 4-bit integers of GPTQ, AWQ and compressed-tensors: I4_32, I4_64 and
+I4_128, whose blocks are 32, 64 or 128 columns of a row. A block is
+
+    byte 0..1   float16 scale, little endian
+    byte 2      uint8 zero point
+    byte 3..    the codes, 16 bytes for each 32 columns: byte j of those has the code of column j in
+                its low half, of column j + 16 in its high half (as in ggml's Q4_0)
+
+and a weight is `scale * (code - zero_point)`, code in 0..15: zero point 8 for symmetric weights.
 """
 
 from __future__ import annotations
@@ -16,7 +26,8 @@ class Format:
     """A way of storing weights: `block_size` neighbours in a row share `block_bytes` bytes."""
 
     name: str
-    ggml_id: int
+    ggml_id: int | None
+    """None: it is not ggml's."""
     block_size: int
     block_bytes: int
 
@@ -37,10 +48,16 @@ FORMATS: dict[str, Format] = {
         Format("Q4_K", 12, 256, 144),
         Format("Q5_K", 13, 256, 176),
         Format("Q6_K", 14, 256, 210),
+        Format("IQ4_NL", 20, 32, 18),
+        Format("IQ4_XS", 23, 256, 136),
+        Format("MXFP4", 39, 32, 17),
+        Format("I4_32", None, 32, 19),
+        Format("I4_64", None, 64, 35),
+        Format("I4_128", None, 128, 67),
     )
 }
 
-_BY_ID = {block_format.ggml_id: block_format for block_format in FORMATS.values()}
+_BY_ID = {found.ggml_id: found for found in FORMATS.values() if found.ggml_id is not None}
 
 # The other numbers that ggml has given out, so that an error can say what the file holds.
 _OTHER_NAMES = {
@@ -52,10 +69,8 @@ _OTHER_NAMES = {
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",
@@ -70,7 +85,6 @@ _OTHER_NAMES = {
     36: "IQ4_NL_4_4",
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
 }
@@ -81,8 +95,9 @@ def format_of(ggml_id: int) -> Format:
     block_format = _BY_ID.get(ggml_id)
     if block_format is None:
         name = _OTHER_NAMES.get(ggml_id, f"number {ggml_id}")
+        *names, last = [found.name for found in _BY_ID.values()]
         raise UnsupportedModelError(
             f"block format {name} is not supported; use a file whose tensors are "
-            f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}"
+            f"{', '.join(names)} or {last}"
         )
     return block_format

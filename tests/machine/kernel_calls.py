@@ -21,7 +21,7 @@ from tests import naive
 
 HALVES = {
     "Q4_1": (0, 2), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2),
-    "Q5_K": (0, 2), "Q6_K": (208,),
+    "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (),
 }  # fmt: skip
 """Where in a file's block float16 scales lie, if not at its start alone."""
 
@@ -122,6 +122,10 @@ def random_rows(
     block = FILE_FORMATS[format_name]
     shape = (rows, columns // block.block_size)
     data = rng.integers(0, 256, (*shape, block.block_bytes)).astype(np.uint8)
+    if format_name == "MXFP4":
+        middle = 100 if scale is None else 128 + round(np.log2(scale))
+        spread = 100 if scale is None else 1
+        data[..., 0] = rng.integers(middle - spread, middle + spread + 1, shape)
     for at in HALVES.get(format_name, (0,)):
         if scale is None:
             data[..., at : at + 2] = random_halves(rng, shape)

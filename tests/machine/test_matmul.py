@@ -130,6 +130,8 @@ def extreme_blocks(format_name, columns):
         for row in range(16):
             blocks[row] = (0x00, 0xFF, 0x80, 0x7F)[row % 4]
             blocks[row, :, at] = values[row // 4]
+    if format_name == "MXFP4":
+        blocks[..., 0] = 128
     for at in HALVES.get(format_name, (0,)):
         blocks[..., at : at + 2] = np.array([1.0], np.float16).view(np.uint8)
     return blocks.reshape(16, -1)

@@ -6,6 +6,7 @@ import pytest
 
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.pack import pack_unit
+from cyclewise.weights.formats import FORMATS as FORMATS_OF_FILES
 from tests import naive
 from tests.machine.kernel_calls import (
     FORMATS,
@@ -18,8 +19,23 @@ from tests.machine.kernel_calls import (
 
 
 def dequantized(format_name, data):
-    """What the gguf package makes of a file's rows."""
+    """What the gguf package makes of a file's rows, or what `weights/formats.py` says of it."""
+    block = FORMATS_OF_FILES[format_name]
+    if block.ggml_id is None:
+        return np.array([integers(row, block) for row in data])
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format_name])
+
+
+def integers(row, block):
+    """A row of 4-bit integers with a zero point, weight after weight."""
+    values = []
+    for at in range(0, len(row), block.block_bytes):
+        scale, zero_point = row[at : at + 2].view(np.float16)[0], int(row[at + 2])
+        for column in range(block.block_size):
+            byte = int(row[at + 3 + column // 32 * 16 + column % 16])
+            code = byte >> 4 if column % 32 >= 16 else byte & 15
+            values.append(np.float32(scale) * np.float32(code - zero_point))
+    return np.array(values, np.float32)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -58,6 +74,15 @@ def test_float_rows_have_any_number_of_columns(format_name, columns):
     for row in range(19):
         got = packed_row(format_name, packed, columns, row)
         np.testing.assert_array_equal(got, naive.dequantize(format_name, data)[row])
+
+
+def test_every_power_of_two_that_is_a_scale():
+    data = np.random.default_rng(0).integers(0, 256, (256, 17 * 8)).astype(np.uint8)
+    data[:, ::17] = np.arange(256)[:, None]
+    with np.errstate(over="ignore"):  # the largest weights are infinite
+        packed, want = pack("MXFP4", data, 256), dequantized("MXFP4", data)
+    for row in range(256):
+        np.testing.assert_array_equal(packed_row("MXFP4", packed, 256, row), want[row])
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -10,7 +10,9 @@ bytes, the scale and, where the format has one, the minimum as float32. What a w
 `scale * (code - zero_point) + minimum`. Formats with scales of 16 columns (`sub_scales`) multiply
 by those as well, and `scale` is the super-block's.
 
-The formats are ggml's; the block layouts are those of ggml-common.h, reordered without loss.
+The formats are ggml's; the block layouts are those of ggml-common.h, reordered without loss. Those
+of integers with a zero point (`I4_128` and its like) are ours: `weights/formats.py` says what lies
+in a row of theirs.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from cyclewise.machine.kernels.block_format import (
     BlockFormat,
     Group,
     five_bits,
+    load_bytes,
     load_halves,
     load_words,
     nibbles,
 )
 from cyclewise.machine.kernels.lang import F32, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lookup_blocks import IQ4_NL, IQ4_XS, MXFP4
 from cyclewise.machine.kernels.super_blocks import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
 __all__ = [
@@ -84,6 +88,36 @@ class Q5_1(Q5_0):
         return load_halves(emitter, block + 352, part)
 
 
+class I4_32(BlockFormat):
+    """16 float16 scales, 16 bytes of zero points, 4 words of nibbles a row."""
+
+    name, bits, has_minimum, block_bytes = "I4_32", 4, True, 304
+
+    def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
+        codes_at = self.block_bytes - 256 * self.groups_per_block
+        return nibbles(emitter, block + codes_at + group * 256, step, part)
+
+    def scale(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
+        return load_halves(emitter, block, part)
+
+    def minimum(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
+        zero_points = emitter.to_float(load_bytes(emitter, block + 32, part))
+        value = self.scale(emitter, block, group, part) * zero_points
+        return emitter.constant(-0.0, value.type) - value
+
+
+class I4_64(I4_32):
+    """16 float16 scales, 16 bytes of zero points and of nothing, 2 groups of 4 words of nibbles."""
+
+    name, groups_per_block, block_bytes = "I4_64", 2, 576
+
+
+class I4_128(I4_64):
+    """The same with 4 groups."""
+
+    name, groups_per_block, block_bytes = "I4_128", 4, 1088
+
+
 class Q8_0(BlockFormat):
     """512 bytes of signed codes, 16 float16 scales. The codes are read signed (zero point 0)."""
 
@@ -98,8 +132,11 @@ class Q8_0(BlockFormat):
 
 
 BLOCK_FORMATS: dict[str, BlockFormat] = {
-    kind.name: kind() for kind in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
-}
+    kind.name: kind() for kind in (
+        Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
+        I4_32, I4_64, I4_128,
+    )
+}  # fmt: skip
 
 FLOAT_FORMATS = {"F32": 4, "F16": 2, "BF16": 2}
 """Formats whose weights meet float32 activations, with the bytes of a weight. A tile's column k

@@ -18,7 +18,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from cyclewise.machine.kernels.target import Target
+from cyclewise.machine.kernels.target import X86_SETS, Target
 
 I1 = ir.IntType(1)
 I8 = ir.IntType(8)
@@ -384,11 +384,10 @@ class Emitter:
     def lookup(self, table: Sequence[int], indices: Value) -> Value:
         """Of a table of 16 bytes, the one that each byte of `indices` (0..15) names."""
         lanes = indices.type.count
-        name = {("avx512", 64): "avx512.pshuf.b.512", ("avx2", 32): "avx2.pshuf.b"}
-        found = name.get((self.target.name, lanes))
-        if found:
+        shuffles = {64: "avx512.pshuf.b.512", 32: "avx2.pshuf.b"}
+        if self.target.name in X86_SETS and lanes in shuffles:
             whole = self.vector_constant(list(table) * (lanes // 16), I8)
-            return self.intrinsic(f"llvm.x86.{found}", indices.type, whole, indices)
+            return self.intrinsic(f"llvm.x86.{shuffles[lanes]}", indices.type, whole, indices)
         choices = [self.constant(value, indices.type) for value in table]
         for bit in range(4):
             is_set = (indices & (1 << bit)).differs(0)

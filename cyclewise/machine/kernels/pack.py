@@ -3,14 +3,21 @@
 `pack_<format>(source, row_bytes, rows, num_rows, columns, out, stride, first, last)` writes the
 tiles `first..last` of a matrix whose file rows lie at `source`, one every `stride` bytes; row i of
 the packed matrix is row `rows[i]` (int32) of the file. Rows beyond `num_rows` are zero. The
-layouts are those of `blocks.py`; the source's are ggml's.
+layouts are those of `blocks.py`; the source's are ggml's, or what `weights/formats.py` says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, ROWS, block_shape
+from cyclewise.machine.kernels.blocks import (
+    BLOCK_FORMATS,
+    FLOAT_FORMATS,
+    ROWS,
+    BlockFormat,
+    block_shape,
+)
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import load_int32
@@ -20,6 +27,8 @@ SOURCE_BLOCK = {
     "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
     "Q5_0": (32, 22), "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
+    "I4_32": (32, 19), "I4_64": (64, 35), "I4_128": (128, 67),
 }  # fmt: skip
 """Columns and bytes of a file's block."""
 
@@ -217,9 +226,37 @@ def _q6_k(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
                 emitter.store(at, codes[step] | two)
 
 
+def _iq4_xs(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + lane * 2, I16)
+    high = emitter.load(source + 2, I16, align=1)
+    for group in range(8):
+        both = emitter.load(source + 4 + group // 2, I8)
+        low = both >> 4 if group % 2 else both & 15
+        upper = emitter.cast((high >> (2 * group)) & 3, I8, "trunc") << 4
+        emitter.store(to + 32 + group * 16 + lane, (low | upper) - 32)
+        words = to + 160 + group * 256 + lane * 4
+        _copy_words(emitter, source + 8 + 16 * group, words, 4)
+
+
+def _mxfp4(emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + 256 + lane, I8)
+    _copy_words(emitter, source + 1, to + lane * 4, 4)
+
+
+def _i4(kind: BlockFormat, emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + lane * 2, I16)
+    _copy(emitter, source + 2, to + 32 + lane, I8)
+    codes_at = kind.block_bytes - 256 * kind.groups_per_block
+    for group in range(kind.groups_per_block):
+        words = to + codes_at + group * 256 + lane * 4
+        _copy_words(emitter, source + 3 + 16 * group, words, 4)
+
+
 _BLOCKS: dict[str, Callable[[Emitter, Value, Value, Value], None]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
+    "IQ4_NL": _q4_0, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
+    **{name: partial(_i4, BLOCK_FORMATS[name]) for name in ("I4_32", "I4_64", "I4_128")},
 }  # fmt: skip
 
 
