@@ -386,6 +386,15 @@ def rms_norm(x: NDArray[Any], weight: NDArray[Any], epsilon: float) -> Doubles:
     return np.asanyarray(x / np.sqrt(mean + epsilon) * weight, np.float64)
 
 
+def layer_norm(
+    x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any], epsilon: float
+) -> Doubles:
+    x = np.asanyarray(x, np.float64)
+    difference = x - x.mean(axis=-1, keepdims=True)
+    variance = (difference * difference).mean(axis=-1, keepdims=True)
+    return np.asanyarray(difference / np.sqrt(variance + epsilon) * weight + bias, np.float64)
+
+
 def rotate(x: Floats, cosines: Floats, sines: Floats, *, neighbours: bool = False) -> Floats:
     """RoPE of (..., head_dim) by (..., rope_dim / 2) angles: halves of a head, or `neighbours`."""
     rope_dim = 2 * cosines.shape[-1]

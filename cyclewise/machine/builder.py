@@ -40,11 +40,13 @@ from cyclewise.machine.kernels.layout import (
     ATTENTION,
     EMBED,
     GATED,
+    LAYER_NORM,
     LINE,
     LINEAR,
     LINEAR_PART,
     NORM,
     PAGE_TOKENS,
+    POSITIONS,
     QUANTIZE,
     ROPE,
     SOFTCAP,
@@ -163,12 +165,38 @@ class Builder:
         form = costs.embed_form(table.num_columns, row_bytes, scaled=scale != 1.0)
         self._add(name, "memory", "embed", EMBED, values, "tokens", form)
 
+    def positions(self, name: str, table: Matrix) -> None:
+        """hidden += table[positions]"""
+        assert table.num_rows >= self._context and table.num_columns == self._hidden.width
+        values = {
+            "row_kernel": self._kernel(table, "row"), "table": table.address,
+            "tile_bytes": table.stride, "columns": table.num_columns,
+            "out": self._hidden.address, "out_stride": self._hidden.stride,
+        }  # fmt: skip
+        self._scratch_bytes = max(self._scratch_bytes, self._hidden.stride + matmul.SCRATCH_BYTES)
+        form = costs.positions_form(table.num_columns, table.tile_bytes // ROWS)
+        self._add(name, "memory", "positions", POSITIONS, values, "tokens", form)
+
     def norm(self, name: str, weight: NDArray[np.float32], *, of_logits: bool = False) -> None:
         """normed = RMSNorm(hidden) * weight, of all tokens or of those that need logits."""
         values = self._norm_record(weight, self._hidden, self._normed, of_logits=of_logits)
         tiles: Tiles = "logits" if of_logits else "tokens"
         form = costs.norm_form(self._hidden.width, of_logits=of_logits)
         self._add(name, "activation", "norm", NORM, values, tiles, form, replicable=True)
+
+    def layer_norm(
+        self, name: str, weight: NDArray[np.float32], bias: NDArray[np.float32], *,
+        of_logits: bool = False,
+    ) -> None:  # fmt: skip
+        """normed = LayerNorm(hidden) * weight + bias, as `norm`"""
+        assert bias.size == weight.size
+        values = self._norm_record(weight, self._hidden, self._normed, of_logits=of_logits)
+        values["bias"] = self._pointer(bias)
+        tiles: Tiles = "logits" if of_logits else "tokens"
+        form = costs.layer_norm_form(self._hidden.width, of_logits=of_logits)
+        self._add(
+            name, "activation", "layer_norm", LAYER_NORM, values, tiles, form, replicable=True
+        )  # fmt: skip
 
     def add_norm(self, name: str, weight: NDArray[np.float32]) -> None:
         """hidden += RMSNorm(projected) * weight"""
@@ -214,6 +242,10 @@ class Builder:
     ) -> None:  # fmt: skip
         out = self._projected if apart else self._hidden
         self._linear(name, [matrix], [bias], source, out, add=not apart)
+
+    def up(self, name: str, matrix: Matrix, bias: NDArray[np.float32] | None = None) -> None:
+        """gated = gelu(matrix . normed + bias)"""
+        self._linear(name, [matrix], [bias], self._normed, self._gated, activation="gelu")
 
     def output(self, name: str, matrix: Matrix) -> None:
         """logits = matrix . normed, of the tokens that need logits"""
@@ -344,6 +376,7 @@ class Builder:
     def _linear(
         self, name: str, matrices: Sequence[Matrix], biases: Sequence[NDArray[np.float32] | None],
         source: _Buffer, out: _Buffer, *, add: bool = False, of_logits: bool = False,
+        activation: Literal["gelu"] | None = None,
     ) -> None:  # fmt: skip
         x = self._input(name, matrices, source, of_logits)
         tail: list[int] = []
@@ -371,10 +404,11 @@ class Builder:
         }  # fmt: skip
         form = costs.linear_form(
             tuple(_shape(matrix) for matrix in matrices), biased_rows,
-            quantized=x is self._quantized, add=add, of_logits=of_logits,
+            quantized=x is self._quantized, add=add, activation=activation, of_logits=of_logits,
         )  # fmt: skip
+        kernel = f"linear_{activation}" if activation else "linear"
         num_tiles = sum(matrix.num_tiles for matrix in matrices)
-        self._add(name, "matmul", "linear", LINEAR, values, num_tiles, form, tail=tail)
+        self._add(name, "matmul", kernel, LINEAR, values, num_tiles, form, tail=tail)
 
     def build(self, *keep_alive: object) -> Program:
         logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)

@@ -143,6 +143,10 @@ class Cost:
 # The closed forms, one a kernel
 
 _FLOAT, _HALF = 4, 2
+ACTIVATION_OPERATIONS = {"silu": 4, "gelu": 7}
+"""silu is a negation, an exponential, an addition and a division; gelu has three products and a
+difference in the negation's place.
+"""
 
 
 def embed_form(width: int, row_bytes: int, *, scaled: bool = False) -> Form:
@@ -160,6 +164,23 @@ def norm_form(width: int, *, of_logits: bool = False, add: bool = False) -> Form
         bytes_per_row=(2 + add) * _FLOAT * width,
         of_logits=of_logits,
     )
+
+
+def layer_norm_form(width: int, *, of_logits: bool = False) -> Form:
+    """Mean, differences, their squares' mean, epsilon and root; a division, a multiplication and an
+    addition a column.
+    """
+    return Form(
+        operations_per_row=7 * width + 4,
+        weight_bytes=2 * _FLOAT * width,
+        bytes_per_row=2 * _FLOAT * width,
+        of_logits=of_logits,
+    )
+
+
+def positions_form(width: int, row_bytes: int) -> Form:
+    """A packed row of `row_bytes` is added to what was there."""
+    return Form(operations_per_row=width, bytes_per_row=row_bytes + 2 * _FLOAT * width)
 
 
 def softcap_form(width: int) -> Form:
@@ -181,24 +202,21 @@ def quantize_form(width: int, *, of_logits: bool = False) -> Form:
 
 def linear_form(
     matrices: tuple[MatrixShape, ...], biased_rows: int = 0, *, quantized: bool, add: bool = False,
-    of_logits: bool = False,
+    activation: str | None = None, of_logits: bool = False,
 ) -> Form:  # fmt: skip
-    """Products with one input; a bias for `biased_rows` of them; with `add` onto what was there."""
+    """Products with one input; a bias for `biased_rows` of them; with `add` onto what was there;
+    with an activation each through it.
+    """
+    activated = ACTIVATION_OPERATIONS[activation] if activation else 0
     columns, rows = matrices[0].columns, sum(matrix.rows for matrix in matrices)
     return Form(
         unit="dot" if quantized else "fma",
-        operations_per_row=2 * rows * columns + biased_rows + add * rows,
+        operations_per_row=(2 * columns + add + activated) * rows + biased_rows,
         matrices=matrices,
         weight_bytes=sum(matrix.num_bytes for matrix in matrices) + _FLOAT * biased_rows,
         bytes_per_row=_input_bytes(columns, quantized) + _FLOAT * rows * (1 + add),
         of_logits=of_logits,
     )
-
-
-ACTIVATION_OPERATIONS = {"silu": 4, "gelu": 7}
-"""silu is a negation, an exponential, an addition and a division; gelu has three products and a
-difference in the negation's place.
-"""
 
 
 def gated_form(

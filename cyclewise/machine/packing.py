@@ -98,23 +98,38 @@ class Weights:
         """Packs a two-dimensional tensor of (rows, columns); packed row i is row `row_order[i]`
         of the file.
         """
-        return self._pack([name], shape, row_order)[0]
+        self._tensor(name, shape)
+        order = np.arange(shape[0], dtype=np.int32) if row_order is None else row_order
+        return self._pack([name], shape, [order])[0]
 
     def pair(self, names: tuple[str, str], shape: tuple[int, int]) -> tuple[Matrix, Matrix]:
         """Packs two tensors of one shape tile by tile in turns: who takes tile i of both reads one
         stream.
         """
-        first, second = self._pack(names, shape, None)
+        for name in names:
+            self._tensor(name, shape)
+        order = np.arange(shape[0], dtype=np.int32)
+        first, second = self._pack(names, shape, [order, order])
+        return first, second
+
+    def halves(self, name: str, shape: tuple[int, int]) -> tuple[Matrix, Matrix]:
+        """Packs the first and the second half of a tensor's rows, of `shape` each, as `pair` packs
+        two tensors.
+        """
+        rows, columns = shape
+        self._tensor(name, (2 * rows, columns))
+        order = np.arange(rows, dtype=np.int32)
+        first, second = self._pack([name, name], shape, [order, order + np.int32(rows)])
         return first, second
 
     def _pack(
-        self, names: Sequence[str], shape: tuple[int, int], row_order: NDArray[np.int32] | None
+        self, names: Sequence[str], shape: tuple[int, int], orders: Sequence[NDArray[np.int32]]
     ) -> list[Matrix]:
         rows, columns = shape
-        order = np.arange(rows, dtype=np.int32) if row_order is None else row_order
-        formats = [self._tensor(name, shape).format.name for name in names]
+        formats = [self._source.tensors[name].format.name for name in names]
         sizes = [tile_bytes(format_, columns) for format_ in formats]
-        entry = [self._used, list(names), formats, rows, columns, zlib.crc32(order.tobytes())]
+        order_hash = zlib.crc32(b"".join(order.tobytes() for order in orders))
+        entry = [self._used, list(names), formats, rows, columns, order_hash]
         kept = self._is_kept(entry)
         start = self._arena.memory.ctypes.data + self._used
         matrices = [
@@ -125,7 +140,7 @@ class Weights:
         assert self._used <= self._arena.memory.nbytes
         self._index.append(entry)
         if not kept:
-            for matrix in matrices:
+            for matrix, order in zip(matrices, orders, strict=True):
                 self._fill(matrix, order)
         return matrices
 
@@ -147,7 +162,8 @@ class Weights:
 
     def _fill(self, matrix: Matrix, order: NDArray[np.int32]) -> None:
         source = self._source.data(matrix.name)
-        row_bytes = self._source.tensors[matrix.name].nbytes // matrix.num_rows
+        tensor = self._source.tensors[matrix.name]
+        row_bytes = tensor.nbytes // tensor.shape[0]
         pack = callable_at(host_compiler().address(f"pack_{matrix.format}"), 9)
         bounds = np.linspace(0, matrix.num_tiles, self._num_threads + 1).astype(int)
 
@@ -220,5 +236,6 @@ def _packed_bytes(tensor: SourceTensor) -> int:
     if len(tensor.shape) != 2:
         return 0
     rows, columns = tensor.shape
-    size = tile_bytes(tensor.format.name, columns) * -(-rows // ROWS)
+    # In two halves it may take one tile more.
+    size = tile_bytes(tensor.format.name, columns) * (-(-rows // ROWS) + 1)
     return -(-size // 64) * 64

@@ -62,12 +62,12 @@ def load_model(
     from cyclewise.machine.host import available_cpus
     from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
-    from cyclewise.models import gemma2, gemma3, llama, mixtral, qwen3, qwen3moe
+    from cyclewise.models import gemma2, gemma3, gpt2, llama, mixtral, phi3, qwen3, qwen3moe
     from cyclewise.weights.source import open_source
 
     builders = {
         "llama": llama.build, "qwen2": llama.build, "qwen3": qwen3.build, "gemma2": gemma2.build,
-        "gemma3": gemma3.build, "qwen3moe": qwen3moe.build,
+        "gemma3": gemma3.build, "qwen3moe": qwen3moe.build, "phi3": phi3.build, "gpt2": gpt2.build,
     }  # fmt: skip
     num_threads = resolve_threads(threads)
     with open_source(path) as source:

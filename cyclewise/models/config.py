@@ -160,7 +160,11 @@ def read_config(
         vocab_size=vocab_size,
         context_length=_context(context, trained, rope),
         trained_context=trained,
-        norm_epsilon=read.number("attention.layer_norm_rms_epsilon"),
+        norm_epsilon=read.number(
+            "attention.layer_norm_epsilon"
+            if architecture == "gpt2"
+            else "attention.layer_norm_rms_epsilon"
+        ),
         rope=rope,
         query_scale=read.optional("attention.scale")
         or _query_scale(architecture, layers, hidden, heads, head_dim),
@@ -221,6 +225,8 @@ def _rope(
     if dim > head_dim or dim % 2:
         raise ModelFileError(f"RoPE over {dim} dimensions of heads of {head_dim} cannot be.")
     kind: Any = read.get("rope.scaling.type") or "none"
+    if architecture == "phi3" and kind == "none" and read.get("rope.scaling.attn_factor"):
+        kind = "longrope"  # llama.cpp's converter does not name it
     if kind not in get_args(Scaling):
         raise UnsupportedModelError(
             f"RoPE scaling of type {kind!r} is not supported; "

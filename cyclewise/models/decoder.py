@@ -53,6 +53,12 @@ class Decoder:
         """hidden = scale * table[token ids]"""
         self.builder.embed("embed", self._table, scale=scale)
 
+    def positions(self) -> None:
+        """hidden += table[positions]"""
+        shape = (self.config.trained_context, self.config.hidden_size)
+        table = self.weights.matrix("position_embd.weight", shape)
+        self.builder.positions("embed.positions", table)
+
     def layers(self) -> Iterator[Layer]:
         for index in range(self.config.num_layers):
             yield Layer(self, index)
@@ -60,10 +66,7 @@ class Decoder:
     def output(self) -> None:
         """The last norm, and the output layer: the embedding table where the file has no other."""
         config = self.config
-        self.builder.norm(
-            "output.norm", self.weights.vector("output_norm.weight", config.hidden_size),
-            of_logits=True,
-        )  # fmt: skip
+        _norm(self, "output.norm", "output_norm", of_logits=True)
         matrix = self._table
         if "output.weight" in self.weights:
             shape = (config.vocab_size, config.hidden_size)
@@ -87,12 +90,12 @@ class Layer:
             decoder.weights,
             decoder.builder,
         )
-        self._experts = decoder.experts
+        self._decoder, self._experts = decoder, decoder.experts
         self._name, self._file = f"layers.{index}.", f"blk.{index}."
 
     def norm(self, name: str, tensor: str) -> None:
-        """normed = RMSNorm(hidden)"""
-        self._builder.norm(self._name + name, self._vector(tensor, self._config.hidden_size))
+        """normed = RMSNorm(hidden); where the file has a bias, LayerNorm"""
+        _norm(self._decoder, self._name + name, self._file + tensor)
 
     def add_norm(self, name: str, tensor: str) -> None:
         """hidden += RMSNorm(projected)"""
@@ -112,7 +115,15 @@ class Layer:
             biases.append(self._bias(tensor, rows, order))
         self._builder.qkv(self._name + "attention.qkv", matrices, biases)
 
-    def rope(self, tables: Tables, *, norms: bool = False) -> None:
+    def fused_qkv(self) -> None:
+        """qkv = one matrix times normed"""
+        heads = self._config.num_heads + 2 * self._config.num_kv_heads
+        rows = heads * self._config.head_dim
+        matrix = self._matrix("attn_qkv", (rows, self._config.hidden_size))
+        bias = self._bias("attn_qkv", rows)
+        self._builder.qkv(self._name + "attention.qkv", [matrix], [bias])
+
+    def rope(self, tables: Tables | tuple[None, None], *, norms: bool = False) -> None:
         """Queries and keys are rotated, with `norms` after an RMSNorm of each head; keys and values
         are written to the cache.
         """
@@ -147,10 +158,25 @@ class Layer:
         gate, up = self._weights.pair(names, shape)
         self._builder.gated(self._name + "ffn.gate_up", gate, up, activation)
 
+    def fused_gate_up(self, activation: Activation) -> None:
+        """`gate_up` of a matrix whose first half is the gate"""
+        shape = (self._config.feed_forward, self._config.hidden_size)
+        gate, up = self._weights.halves(self._file + "ffn_up.weight", shape)
+        self._builder.gated(self._name + "ffn.gate_up", gate, up, activation)
+
+    def up(self) -> None:
+        """gated = gelu(matrix . normed)"""
+        shape = (self._config.feed_forward, self._config.hidden_size)
+        bias = self._bias("ffn_up", self._config.feed_forward)
+        self._builder.up(self._name + "ffn.up", self._matrix("ffn_up", shape), bias)
+
     def down(self, *, apart: bool = False) -> None:
         """hidden += matrix . gated; `apart`: projected = matrix . gated"""
         shape = (self._config.hidden_size, self._config.feed_forward)
-        self._builder.down(self._name + "ffn.down", self._matrix("ffn_down", shape), apart=apart)
+        self._builder.down(
+            self._name + "ffn.down", self._matrix("ffn_down", shape),
+            self._bias("ffn_down", self._config.hidden_size), apart=apart,
+        )  # fmt: skip
 
     def experts(self) -> None:
         """hidden += the weighed sum of a feed-forward network each of the experts that a token
@@ -196,3 +222,13 @@ class Layer:
         head[: rope.dim] = np.concatenate([rotated[::2], rotated[1::2]])
         starts = np.arange(num_heads)[:, None] * head_dim
         return (starts + head).reshape(-1).astype(np.int32)
+
+
+def _norm(decoder: Decoder, name: str, tensor: str, *, of_logits: bool = False) -> None:
+    weights, width = decoder.weights, decoder.config.hidden_size
+    weight = weights.vector(f"{tensor}.weight", width)
+    if f"{tensor}.bias" in weights:
+        bias = weights.vector(f"{tensor}.bias", width)
+        decoder.builder.layer_norm(name, weight, bias, of_logits=of_logits)
+    else:
+        decoder.builder.norm(name, weight, of_logits=of_logits)

@@ -5,7 +5,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from cyclewise.machine.costs import BatchShape, attention_form, cost, rope_form
+from cyclewise.machine.costs import (
+    BatchShape,
+    MatrixShape,
+    attention_form,
+    cost,
+    layer_norm_form,
+    linear_form,
+    positions_form,
+    rope_form,
+)
 from cyclewise.machine.kernels.blocks import tile_bytes
 from cyclewise.machine.names import collapsed, layer_of
 from cyclewise.models import load_model
@@ -175,6 +184,34 @@ def test_forms_of_normed_queries_and_windows():
         count.kv_bytes += 2 * keys[position + 1 - window :].nbytes
     form = attention_form(heads, kv_heads, dim, window=window, softcap=True)
     assert asdict(cost(form, shape)) == {"unit": "fma", **asdict(book.counts["attend"])}
+
+
+def test_forms_of_gpt2():
+    rng, book, width = np.random.default_rng(0), Book(), 48
+    x = counted(rng.standard_normal((3, width)).astype(np.float32), book)
+    weight, bias = np.ones((2, width), np.float32)
+    with book.moment("layer_norm") as count:
+        out = naive.layer_norm(x, weight, bias, 1e-5).astype(np.float32)
+        count.weight_bytes += weight.nbytes + bias.nbytes
+        count.activation_bytes += x.nbytes + out.nbytes
+    table = rng.standard_normal((9, width)).astype(np.float16)
+    with book.moment("positions") as count:
+        rows = table[[4, 4, 0]]
+        out = x + rows
+        count.activation_bytes += rows.nbytes + x.nbytes + out.nbytes
+    matrix, bias = rng.standard_normal((32, width)).astype(np.float32), np.ones(32, np.float32)
+    with book.moment("linear_gelu") as count:
+        out = naive.gelu(x @ matrix.T + bias).astype(np.float32)
+        count.weight_bytes += matrix.nbytes + bias.nbytes
+        count.activation_bytes += x.nbytes + out.nbytes
+    shape = (MatrixShape("F32", 32, width, matrix.nbytes),)
+    forms = {
+        "layer_norm": layer_norm_form(width), "positions": positions_form(width, 2 * width),
+        "linear_gelu": linear_form(shape, 32, quantized=False, activation="gelu"),
+    }  # fmt: skip
+    for name, form in forms.items():
+        each = asdict(cost(form, BatchShape(((3, 1),), 0)))
+        assert each == {"unit": "fma", **asdict(book.counts[name])}, name
 
 
 def test_a_prefix_of_the_layers(loaded):

@@ -137,6 +137,25 @@ def test_only_the_rows_that_need_logits_from_a_private_buffer():
     assert (out[2 * 48 * 4 :] == 0xA5).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 17])
+@pytest.mark.parametrize("format_name", ["Q4_1", "F32"])
+def test_through_gelu(format_name, tokens):
+    rng = np.random.default_rng(tokens)
+    weights = Weights(rng, format_name, 40, bias=True)
+    x, packed_x, stride = inputs(rng, format_name, tokens)
+    out = guarded(tokens * 48 * 4)
+    moment = record(
+        LINEAR, x=packed_x, x_stride=stride, columns=COLUMNS, out=out, out_stride=48 * 4,
+        num_parts=1,
+    )  # fmt: skip
+    whole = np.concatenate([moment, weights.part(0)])
+    run_in_pieces("linear_gelu", whole, record(BATCH, num_tokens=tokens), Thread(SCRATCH), 3)
+    check_guard(out)
+    got = out[:-GUARD].view(np.float32).reshape(tokens, 48)
+    np.testing.assert_allclose(got[:, :40], naive.gelu(weights.sums(x)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(got[:, 40:], 0)
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 17])
 @pytest.mark.parametrize("formats", [("Q4_0", "Q4_0"), ("Q6_K", "Q4_K"), ("F32", "F16")])
 @pytest.mark.parametrize("activation", ["silu", "gelu"])

@@ -7,8 +7,10 @@ from cyclewise.machine.kernels.blocks import tile_bytes
 from cyclewise.machine.kernels.layout import (
     BATCH,
     EMBED,
+    LAYER_NORM,
     NORM,
     PAGE_TOKENS,
+    POSITIONS,
     QUANTIZE,
     ROPE,
     SOFTCAP,
@@ -96,6 +98,60 @@ def test_norm_of_the_rows_that_need_logits_into_a_private_buffer():
     np.testing.assert_allclose(
         floats(out, 18, 32)[9:12], naive.rms_norm(x[rows], weight, 1e-6), rtol=3e-6
     )
+
+
+@pytest.mark.parametrize("width", [1, 16, 40, 768])
+@pytest.mark.parametrize("middle", [0.0, 30.0])
+def test_layer_norm(width, middle):
+    """Of rows whose values are far from zero too; what lies behind a row does not count."""
+    rng = np.random.default_rng(width)
+    padded, rows = -(-width // 16) * 16, np.array([0, 2, 3], np.int32)
+    x = np.full((5, padded), 99, np.float32)
+    weight, bias = np.zeros((2, padded), np.float32)
+    x[:, :width] = rng.standard_normal((5, width)) + middle
+    weight[:width], bias[:width] = rng.standard_normal((2, width))
+    out, private = guarded(64 + 5 * padded * 4), 64
+    moment = record(
+        LAYER_NORM, x=x, x_stride=padded * 4, weight=weight, bias=bias, width=width,
+        padded_width=padded, epsilon=1e-5, out=out, out_stride=padded * 4, out_private=1,
+    )  # fmt: skip
+    run, want = kernel(rows_unit(), "layer_norm"), x[:, :width]
+    run(moment, record(BATCH, num_tokens=5), Thread(0, private).record, 0, 5)
+    got = out[private:-GUARD].view(np.float32).reshape(5, padded).copy()
+    want = naive.layer_norm(want, weight[:width], bias[:width], 1e-5)
+    np.testing.assert_allclose(got[:, :width], want, rtol=3e-5, atol=3e-5)
+    np.testing.assert_array_equal(got[:, width:], 0)
+    check_guard(out)
+
+    moment[LAYER_NORM.index("of_logits")] = 1
+    batch = record(BATCH, num_tokens=5, num_logits=3, logit_rows=rows)
+    run(moment, batch, Thread(0, private).record, 0, 3)
+    again = out[private:-GUARD].view(np.float32).reshape(5, padded)
+    np.testing.assert_array_equal(again[:3], got[rows])
+
+
+@pytest.mark.parametrize(("format_name", "columns"), [("F32", 40), ("F16", 48), ("Q8_0", 64)])
+def test_positions(format_name, columns):
+    rng, stride = np.random.default_rng(columns), -(-columns // 16) * 16
+    data = random_rows(rng, format_name, 50, columns, 0.1)
+    table = pack(format_name, data, columns)
+    positions = np.array([0, 49, 15, 16, 16], np.int32)
+    out, before = guarded(5 * stride * 4), rng.standard_normal((5, stride)).astype(np.float32)
+    floats(out, 5, stride)[:] = before
+    moment = record(
+        POSITIONS, row_kernel=address(matmul_unit(format_name), f"row_{format_name}"), table=table,
+        tile_bytes=tile_bytes(format_name, columns), columns=columns, out=out,
+        out_stride=stride * 4,
+    )  # fmt: skip
+    thread = Thread(stride * 4 + SCRATCH_BYTES)
+    batch = record(BATCH, num_tokens=5, positions=positions)
+    for token in range(5):
+        kernel(rows_unit(), "positions")(moment, batch, thread.record, token, token + 1)
+    thread.check()
+    want = before[:, :columns] + naive.dequantize(format_name, data)[positions]
+    np.testing.assert_array_equal(floats(out, 5, stride)[:, :columns], want)
+    np.testing.assert_array_equal(floats(out, 5, stride)[:, columns:], before[:, columns:])
+    check_guard(out)
 
 
 def test_a_norm_is_added():

@@ -33,6 +33,8 @@ NORM = (
     "x", "x_stride", "weight", "width", "padded_width", "epsilon", "out", "out_stride",
     "of_logits", "out_private",
 )  # fmt: skip
+LAYER_NORM = (*NORM, "bias")
+POSITIONS = ("row_kernel", "table", "tile_bytes", "columns", "out", "out_stride")
 QUANTIZE = ("x", "x_stride", "x_private", "columns", "out", "out_private", "of_logits")
 LINEAR = (
     "x", "x_stride", "x_private", "columns", "out", "out_stride",

@@ -1,7 +1,8 @@
 """Moments that multiply by weights: which tiles, for how many tokens, and what becomes of the sums.
 
 `linear` runs over the tiles of one or more matrices that share an input (query, key and value)
-and writes or adds the sums, with a bias where there is one; `gated_silu` and `gated_gelu` take
+and writes or adds the sums, with a bias where there is one, `linear_gelu` through a GELU;
+`gated_silu` and `gated_gelu` take
 tile i of the gate and of the up projection and write silu(gate) * up (SwiGLU: Shazeer, 2020) or
 gelu(gate) * up. The arithmetic is in
 `matmul.py`, called by address: the formats may be mixed.
@@ -17,6 +18,8 @@ from cyclewise.machine.kernels.lang import F32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import BATCH, GATED, LINEAR, LINEAR_PART, THREAD, Record
 from cyclewise.machine.kernels.math import gelu, silu
 
+Activation = Callable[[Emitter, Value], Value]
+
 LANES = 16
 MAX_BATCH_TOKENS = 512
 SUMS_BYTES = MAX_BATCH_TOKENS * LANES * 4
@@ -24,8 +27,9 @@ SUMS_BYTES = MAX_BATCH_TOKENS * LANES * 4
 
 
 def _linear(
-    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
-) -> None:
+    activation: Activation | None, emitter: Emitter, moment: Value, batch: Value, thread: Value,
+    first: Value, last: Value,
+) -> None:  # fmt: skip
     m, b, t = (
         Record(emitter, moment, LINEAR),
         Record(emitter, batch, BATCH),
@@ -63,13 +67,15 @@ def _linear(
                 value = emitter.variable(emitter.load(sums + token * 64, floats) + bias)
                 with emitter.when(m.add_to_out.differs(0)):
                     value.set(emitter.load(to, floats) + value.get())
+                if activation is not None:
+                    value.set(activation(emitter, value.get()))
                 emitter.store(to, value.get())
         before.add(part.num_tiles)
 
 
 def _gated(
-    activation: Callable[[Emitter, Value], Value], emitter: Emitter, moment: Value, batch: Value,
-    thread: Value, first: Value, last: Value,
+    activation: Activation, emitter: Emitter, moment: Value, batch: Value, thread: Value,
+    first: Value, last: Value,
 ) -> None:  # fmt: skip
     m, b, t = (
         Record(emitter, moment, GATED),
@@ -93,7 +99,8 @@ def _gated(
 
 def linear_unit() -> Unit:
     kernels = {
-        "linear": _linear, "gated_silu": partial(_gated, silu), "gated_gelu": partial(_gated, gelu)
+        "linear": partial(_linear, None), "linear_gelu": partial(_linear, gelu),
+        "gated_silu": partial(_gated, silu), "gated_gelu": partial(_gated, gelu),
     }  # fmt: skip
 
     def write(emitter: Emitter) -> None:

@@ -9,6 +9,7 @@ file pairs neighbours are reordered when they are packed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from cyclewise.machine.kernels.compiler import Unit
@@ -25,8 +26,10 @@ from cyclewise.machine.kernels.lang import F32, I8, I16, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import (
     BATCH,
     EMBED,
+    LAYER_NORM,
     NORM,
     PAGE_TOKENS,
+    POSITIONS,
     QUANTIZE,
     ROPE,
     SOFTCAP,
@@ -87,6 +90,75 @@ def _norm(
             if add:
                 value = emitter.load(out + column * 4, floats) + value
             emitter.store(out + column * 4, value)
+
+
+def _layer_norm(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    """Ba et al., 2016. The variance is that of the differences from the mean."""
+    m, b, t = (
+        Record(emitter, moment, LAYER_NORM),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
+    floats, single = vector(F32, LANES), vector(F32, 1)
+    whole = (m.width >> 4) << 4
+    width = emitter.cast(m.width, F32, "sitofp")
+
+    def total(x: Value, term: Callable[[Value], Value]) -> Value:
+        """Of all columns; what lies behind them is no part of it."""
+        wide = emitter.variable(emitter.constant(0.0, floats))
+        rest = emitter.variable(emitter.constant(0.0, single))
+        with emitter.range(0, whole, LANES) as column:
+            wide.set(wide.get() + term(emitter.load(x + column * 4, floats)))
+        with emitter.range(whole, m.width) as column:
+            rest.set(rest.get() + term(emitter.load(x + column * 4, single)))
+        return emitter.sum(wide.get()) + emitter.extract(rest.get(), 0)
+
+    with emitter.range(first, last) as row:
+        source = emitter.variable(row)
+        with emitter.when(m.of_logits.differs(0)):
+            source.set(load_int32(emitter, b.logit_rows, row))
+        x = m.x + source.get() * m.x_stride
+        mean = total(x, lambda value: value) / width
+
+        def squared(value: Value, mean: Value = mean) -> Value:
+            difference = value - emitter.splat(mean, value.type.count)
+            return difference * difference
+
+        variance = total(x, squared) / width
+        factor = 1.0 / emitter.unary("sqrt", variance + m.float("epsilon"))
+        out = m.out + t.private * m.out_private + row * m.out_stride
+        middle, wide = emitter.splat(mean, LANES), emitter.splat(factor, LANES)
+        with emitter.range(0, m.padded_width, LANES) as column:
+            value = (emitter.load(x + column * 4, floats) - middle) * wide
+            value = value * emitter.load(m.weight + column * 4, floats)
+            value = value + emitter.load(m.bias + column * 4, floats)
+            emitter.store(out + column * 4, value)
+
+
+def _positions(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    """Adds the row of a token's position."""
+    m, b, t = (
+        Record(emitter, moment, POSITIONS),
+        Record(emitter, batch, BATCH),
+        Record(emitter, thread, THREAD),
+    )
+    row = t.scratch
+    with emitter.range(first, last) as token:
+        position = load_int32(emitter, b.positions, token)
+        tile, to = m.table + (position >> 4) * m.tile_bytes, m.out + token * m.out_stride
+        scratch = row + m.out_stride
+        emitter.call_address(m.row_kernel, tile, m.columns, position & 15, row, scratch)
+        whole = (m.columns >> 4) << 4
+        for begin, end, lanes in ((0, whole, LANES), (whole, m.columns, 1)):
+            floats = vector(F32, lanes)
+            with emitter.range(begin, end, lanes) as column:
+                at = to + column * 4
+                added = emitter.load(row + column * 4, floats)
+                emitter.store(at, emitter.load(at, floats) + added)
 
 
 def _softcap(
@@ -244,7 +316,8 @@ def _rope(
 def rows_unit() -> Unit:
     kernels = {
         "embed": _embed, "norm": partial(_norm, add=False), "add_norm": partial(_norm, add=True),
-        "quantize": _quantize, "rope": _rope, "softcap": _softcap,
+        "quantize": _quantize, "rope": _rope, "softcap": _softcap, "layer_norm": _layer_norm,
+        "positions": _positions,
     }  # fmt: skip
 
     def write(emitter: Emitter) -> None:
