@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow check bench docs-figures clean
+.PHONY: demo test test-slow test-arm64 check bench docs-figures clean
 
 demo: $(READY)
 	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
@@ -13,6 +13,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m ""
+
+# The kernels' tests on an emulated AArch64 processor (Debian; needs qemu-user-static).
+test-arm64: $(READY)
+	PYTHON=$(BIN)/python tests/arm64.sh
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -26,7 +30,7 @@ docs-figures: $(READY)
 	$(BIN)/python benchmarks/docs_figures.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .arm64
 
 # Made anew whenever the dependencies may have changed. The stamp comes last, so that an interrupted
 # installation starts over.

@@ -34,6 +34,8 @@ TILES: dict[str, tuple[Tiles, ...]] = {
     "avx512": ((12, 8, 4, 2, 1), (8, 4, 2, 1), (4, 2, 1)),
     "avxvnni": ((4, 2, 1), (2, 1)),
     "avx2": ((4, 2, 1), (2, 1)),
+    "neon_i8mm": ((4, 2, 1), (2, 1)),
+    "neon_dot": ((4, 2, 1), (2, 1)),
     "plain": ((4, 2, 1), (2, 1)),
 }
 """Candidates for the tiles of matrix kernels; the first are the target's own."""

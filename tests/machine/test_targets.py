@@ -30,12 +30,13 @@ from cyclewise.machine.kernels import (
 )
 from cyclewise.machine.kernels.compiler import assembly
 from cyclewise.machine.kernels.target import (
+    ARM_SETS,
     INSTRUCTION_SETS,
     host_target,
     host_targets,
     make_target,
 )
-from tests.machine.kernel_calls import FORMATS
+from tests.machine.kernel_calls import BLOCK_FORMATS, FORMATS
 from tests.models import tiny
 from tests.models.test_models import (
     BLOCK_MODELS,
@@ -129,6 +130,18 @@ def test_what_that_test_would_find(other_targets):
     short = assembly(unit, make_target("avxvnni"))
     assert re.search(r"\{vex\}\s+vpdpbusd.*%ymm", short) and "vfmadd" in short
     assert re.search(r"%zmm(1[6-9]|[23]\d)", wide) and "{vex}" not in wide
+
+
+@pytest.mark.parametrize("target", ARM_SETS)
+def test_instructions_of_aarch64(other_targets, target):
+    """Compiled for AArch64, wherever this runs: no library is called for what it lacks."""
+    for name in FORMATS:
+        text = assembly(matmul.matmul_unit(name), make_target(target))
+        assert f"tile_{name}:" in text
+        assert not re.search(r"\tbl\t__", text)
+        if name in BLOCK_FORMATS:
+            assert re.search(r"\tsdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", text)
+            assert ("\tsmmla\t" in text) == (target == "neon_i8mm")
 
 
 @pytest.mark.parametrize("target", INSTRUCTION_SETS)

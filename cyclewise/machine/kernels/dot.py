@@ -2,8 +2,8 @@
 
 `Dot.group(...)` gives, for some tokens, the int32 sums over a group of 32 columns of
 `(code - zero_point) * activation`, exact in every target, one row a lane. Each family of
-instructions has a writer in a file of its own (`dot_avx2.py`, `dot_plain.py`, `dot_vnni.py`);
-`dots.py` chooses.
+instructions has a writer in a file of its own (`dot_vnni.py`, `dot_avx2.py`, `dot_neon.py`,
+`dot_plain.py`); `dots.py` chooses.
 
 An activation group of a token takes 60 bytes: 32 int8 codes (-127..127), float32 scale, float32
 scale*sum, int32 -8*sum, and sums in int16: -8 * each half's; -16 * those of the columns whose place
@@ -111,6 +111,24 @@ class Dot:
         """
         raise NotImplementedError
 
+    def arranged(self, codes: list[Value]) -> list[Value]:
+        """The codes of a part's eight steps, in the order in which unpacked weights hold them."""
+        return codes
+
+    def place(self, lane: Value, step: int) -> Value:
+        """Where the four codes of a row and a step lie, in bytes, in what `arranged` gave."""
+        return lane * 4 + step * (self.lanes * 4)
+
+    def unpacked_group(
+        self,
+        codes: Codes,
+        sub_scale: SubScale | None,
+        activations: list[Value],
+        num_parts: int = 1,
+    ) -> list[list[Value]]:
+        """`group` of codes that `arranged` gave, numbered as there."""
+        return self.group(codes, sub_scale, activations, num_parts)
+
     def _words(self, address: Value) -> Value:
         return self.emitter.broadcast(address, I32, self.lanes)
 
@@ -135,5 +153,5 @@ class Dot:
     def _half_correction(self, address: Value, half: int, zero_point: int) -> Value:
         """The same for one half of the group's columns."""
         sums = self.emitter.load(address + AT_HALF_SUMS + 2 * half, I16)
-        wide = self.emitter.cast(sums, I32, "sext") * (zero_point // 8)
-        return self.emitter.splat(wide, self.lanes)
+        wide = self.emitter.cast(sums, I32, "sext") * zero_point
+        return self.emitter.splat(wide.arithmetic_right(3), self.lanes)

@@ -18,7 +18,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from cyclewise.machine.kernels.target import X86_SETS, Target
+from cyclewise.machine.kernels.target import Target
 
 I1 = ir.IntType(1)
 I8 = ir.IntType(8)
@@ -384,10 +384,12 @@ class Emitter:
     def lookup(self, table: Sequence[int], indices: Value) -> Value:
         """Of a table of 16 bytes, the one that each byte of `indices` (0..15) names."""
         lanes = indices.type.count
-        shuffles = {64: "avx512.pshuf.b.512", 32: "avx2.pshuf.b"}
-        if self.target.name in X86_SETS and lanes in shuffles:
+        names = {64: "x86.avx512.pshuf.b.512", 32: "x86.avx2.pshuf.b"}
+        if self.target.is_arm:
+            names = {16: "aarch64.neon.tbl1.v16i8"}
+        if self.target.name != "plain" and lanes in names:
             whole = self.vector_constant(list(table) * (lanes // 16), I8)
-            return self.intrinsic(f"llvm.x86.{shuffles[lanes]}", indices.type, whole, indices)
+            return self.intrinsic(f"llvm.{names[lanes]}", indices.type, whole, indices)
         choices = [self.constant(value, indices.type) for value in table]
         for bit in range(4):
             is_set = (indices & (1 << bit)).differs(0)

@@ -161,7 +161,7 @@ class _BlockMatmul:
         at = codes + lane * 4
         scale = emitter.broadcast(at + STEPS * width, F32, 4)
         for step in range(STEPS):
-            code = emitter.load(at + step * width, vector(I8, 4))
+            code = emitter.load(codes + self.dot.place(lane, step), vector(I8, 4))
             wide = emitter.cast(code, vector(I32, 4), "sext" if kind.bits == 8 else "zext")
             value = emitter.cast(wide - kind.zero_point, quad, "sitofp")
             if kind.has_sub_scales:
@@ -297,7 +297,8 @@ class _BlockMatmul:
         def group(block: Value, index: Value | int, column_group: Value) -> None:
             for part in range(self.parts):
                 to = scratch + (column_group * self.parts + part) * self._panel_bytes
-                found = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
+                codes = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
+                found = self.dot.arranged(codes)
                 found.append(kind.scale(emitter, block, index, part))
                 if kind.has_minimum:
                     found.append(kind.minimum(emitter, block, index, part))
@@ -334,7 +335,7 @@ class _BlockMatmul:
             def factor(number: int, part: int) -> Value:
                 return load(part, self._places[f"factor {number}"], words)
 
-            dots = self.dot.group(
+            dots = self.dot.unpacked_group(
                 lambda step, part: load(part, step, words),
                 factor if kind.has_sub_scales else None,
                 at,

@@ -55,6 +55,7 @@ class Rate:
 def rates(target: Target) -> dict[str, Rate]:
     """The raw instructions of a target, by unit."""
     writers = {"avx512": _avx512, "avxvnni": _avxvnni, "avx2": _avx2, "plain": _plain}
+    writers |= {"neon_i8mm": _neon_i8mm, "neon_dot": _neon_dot}
     found = writers[target.name](target)
     return {rate.unit: rate for rate in found}
 
@@ -83,6 +84,20 @@ def _vpmaddubsw(emitter: Emitter, chain: Value, left: Value, _: Value) -> Value:
     return emitter.intrinsic("llvm.x86.avx2.pmadd.ub.sw", chain.type, codes, values)
 
 
+def _sdot(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
+    return _of_bytes("sdot", emitter, chain, left, right)
+
+
+def _smmla(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
+    return _of_bytes("smmla", emitter, chain, left, right)
+
+
+def _of_bytes(name: str, emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
+    codes, values = (emitter.bitcast(x, vector(I8, 16)) for x in (left, right))
+    full_name = f"llvm.aarch64.neon.{name}.v4i32.v16i8"
+    return emitter.intrinsic(full_name, chain.type, chain, codes, values)
+
+
 def _multiply_add(_: Emitter, chain: Value, left: Value, right: Value) -> Value:
     return chain * left + right
 
@@ -108,6 +123,20 @@ def _avx2(_: Target) -> list[Rate]:
     return [
         Rate("dot", "VPMADDUBSW", I16, 16, 64, _vpmaddubsw),
         Rate("fma", "FMA", F32, 8, 16, _fma),
+    ]
+
+
+def _neon_i8mm(_: Target) -> list[Rate]:
+    return [
+        Rate("dot", "SMMLA", I32, 4, 64, _smmla),
+        Rate("fma", "FMLA", F32, 4, 8, _fma),
+    ]
+
+
+def _neon_dot(_: Target) -> list[Rate]:
+    return [
+        Rate("dot", "SDOT", I32, 4, 32, _sdot),
+        Rate("fma", "FMLA", F32, 4, 8, _fma),
     ]
 
 

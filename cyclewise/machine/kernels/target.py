@@ -7,8 +7,10 @@ comparing; one that the processor cannot run is an error.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,7 +79,12 @@ X86_SETS = {
     # VPMADDUBSW on 256 bits.
     "avx2": InstructionSet(_AVX2, "x86-64-v3", 8, (4, 2, 1)),
 }
-ARM_SETS: dict[str, InstructionSet] = {}
+ARM_SETS = {
+    # SMMLA where weights are unpacked, else SDOT.
+    "neon_i8mm": InstructionSet(("dotprod", "i8mm"), "generic", 4, (4, 2, 1)),
+    # SDOT on 128 bits.
+    "neon_dot": InstructionSet(("dotprod",), "generic", 4, (4, 2, 1)),
+}
 INSTRUCTION_SETS = {
     **X86_SETS,
     **ARM_SETS,
@@ -86,12 +93,27 @@ INSTRUCTION_SETS = {
 }
 """The best of an architecture first."""
 
+_ARM_FLAGS = {"dotprod": (16, 20), "i8mm": (26, 13), "bf16": (26, 14)}
+"""LLVM's name: the number of Linux's auxiliary value (AT_HWCAP, AT_HWCAP2) and the bit in it."""
+
+
+def _host_features() -> dict[str, bool]:
+    """LLVM's names of features, and whether this processor has them."""
+    from llvmlite import binding
+
+    features = dict(binding.get_host_cpu_features())
+    if IS_ARM and sys.platform == "linux":
+        # LLVM reads a text that not every kernel and emulator writes; the flags are always there.
+        auxiliary = ctypes.CDLL(None).getauxval
+        auxiliary.restype, auxiliary.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        for name, (number, bit) in _ARM_FLAGS.items():
+            features[name] = bool(auxiliary(number) >> bit & 1)
+    return features
+
 
 def host_targets() -> list[str]:
     """The instruction sets of this processor, the best first."""
-    from llvmlite import binding
-
-    features = binding.get_host_cpu_features()
+    features = _host_features()
     known = X86_SETS if IS_X86 else ARM_SETS if IS_ARM else {}
     able = [
         name for name, found in known.items() if all(features.get(need) for need in found.needs)
@@ -117,7 +139,8 @@ def host_target() -> Target:
             f"it can run {', '.join(able)}."
         )
     if name == able[0] and name != "plain":
-        return make_target(name, cpu, binding.get_host_cpu_features().flatten())
+        flags = (f"{'+' if has else '-'}{name}" for name, has in _host_features().items())
+        return make_target(name, cpu, ",".join(flags))
     return make_target(name)
 
 
