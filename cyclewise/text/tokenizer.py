@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a GGUF file's metadata.
+"""Text to token ids and back, from a model's metadata.
 
 The first and the last step on a token's way: `LLM` encodes a prompt or a rendered chat here, the
 engine runs the ids, and a `Detokenizer` prints what comes out. Ids are those of llama.cpp, with
@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cyclewise.text.detokenizer import Detokenizer, Pieces, decode
-from cyclewise.text.encoders import make_encoder
+from cyclewise.text.encoders import Encode, make_encoder
 from cyclewise.text.vocabulary import TokenType, Vocabulary, read_vocabulary
+from cyclewise.weights.hf_files import TOKENIZER_JSON
 
 if TYPE_CHECKING:
     from cyclewise.text.chat import Rendered
@@ -22,12 +23,19 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _ASCII_SPACE = " \t\n\v\f\r"
 
 
+def without_surrogates(text: str) -> str:
+    """Text that UTF-8 can hold: pairs become characters, others U+FFFD."""
+    if _SURROGATES.search(text):
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 class Tokenizer:
     """Encodes and decodes; safe to use from any number of threads."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, encode_plain: Encode | None = None) -> None:
         self._vocabulary = vocabulary
-        self._encode_plain = make_encoder(vocabulary)
+        self._encode_plain = encode_plain or make_encoder(vocabulary)
         self._pieces = Pieces(vocabulary)
         self._control = self._longest_first(TokenType.CONTROL, TokenType.UNKNOWN)
         self._user_defined = self._longest_first(TokenType.USER_DEFINED)
@@ -40,11 +48,16 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer that a GGUF file's `tokenizer.ggml.*` keys describe.
+        """The tokenizer that a GGUF file's `tokenizer.ggml.*` keys describe, or a directory's
+        `tokenizer.json`.
 
         Raises `ModelFileError` where they are damaged, `UnsupportedModelError` where they name a
         kind of tokenizer or a pre-tokenizer that is not known here.
         """
+        if "tokenizer.ggml.model" not in metadata and TOKENIZER_JSON in metadata:
+            from cyclewise.text.tokenizer_json import JsonTokenizer
+
+            return JsonTokenizer(metadata)
         return cls(read_vocabulary(metadata))
 
     def _longest_first(self, *types: TokenType) -> list[tuple[str, int]]:
@@ -137,8 +150,7 @@ class Tokenizer:
 
     def _partition(self, text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
         """Text cut at special tokens, the longest token first, as llama.cpp does it."""
-        if _SURROGATES.search(text):
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = without_surrogates(text)
         fragments: list[str | int] = [text] if text else []
         for token, token_id in special:
             if token not in text:

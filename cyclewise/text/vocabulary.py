@@ -199,7 +199,11 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     reader = _Reader(metadata)
     kind = reader.text("model")
     if kind is None:
-        raise ModelFileError("the model file has no tokenizer: tokenizer.ggml.model is missing")
+        raise ModelFileError(
+            "the model has no tokenizer: tokenizer.ggml.model is missing, or tokenizer.json in a "
+            "directory (transformers writes it: AutoTokenizer.from_pretrained(DIR)"
+            ".save_pretrained(DIR))"
+        )
     if kind not in KINDS:
         raise UnsupportedModelError(
             f"the tokenizer kind {kind!r} is not supported (supported: {', '.join(KINDS)})"
@@ -234,9 +238,9 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     bos_id = reader.token_id("bos", num_tokens, defaults.get("bos"))
     eos_id = reader.token_id("eos", num_tokens, defaults.get("eos"))
     unknown_id = reader.token_id("unknown", num_tokens, defaults.get("unknown"))
-    stop_ids = _stop_ids(reader, ids)
-    control = [*stop_ids, *(ids[text] for text in _FILL_TEXTS if text in ids)]
-    stop_ids += [index for index in (eos_id,) if index is not None]
+    ends = stop_ids(metadata, ids)
+    control = [*ends, *(ids[text] for text in _FILL_TEXTS if text in ids)]
+    ends += [index for index in (eos_id,) if index is not None]
     # A token that ends a turn is a control token, whatever a careless conversion called it: a
     # user's text would become one otherwise.
     types[control] = TokenType.CONTROL
@@ -260,7 +264,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         bos_id=bos_id,
         eos_id=eos_id,
         unknown_id=unknown_id,
-        stop_ids=frozenset(stop_ids),
+        stop_ids=frozenset(ends),
         add_bos=add_bos and bos_id is not None,
         add_eos=add_eos and eos_id is not None,
         # llama.cpp reads this key for byte-level files too, and then ignores it.
@@ -273,8 +277,14 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 _PHI3_NAMES = ("phi-3", "phi3")
 
 
-def _stop_ids(reader: _Reader, ids: dict[str, int]) -> list[int]:
-    """Tokens that end a generation, by their texts and by the keys that name them."""
+def fill_texts() -> tuple[str, ...]:
+    """Texts of control tokens with which a gap in a text is filled in."""
+    return _FILL_TEXTS
+
+
+def stop_ids(metadata: Mapping[str, Any], ids: dict[str, int]) -> list[int]:
+    """Tokens of `ids` that end a generation, by their texts and by the keys that name them."""
+    reader = _Reader(metadata)
     found = [ids[text] for text in _END_TEXTS if text in ids]
     if {"<|return|>", "<|call|>", "<|end|>"} <= ids.keys():  # <|end|> then only ends a message
         found.remove(ids["<|end|>"])

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from cyclewise.errors import CyclewiseError, ModelFileError, UnsupportedModelError
+from cyclewise.text.chat import ChatTemplate, Part, Rendered
+from cyclewise.text.tokenizer import Tokenizer
+from cyclewise.text.tokenizer_json import JsonTokenizer
+from cyclewise.weights.gguf import GGUFFile
+from tests.text import vocabularies
+
+TEXTS = [
+    "hello world", "", " ", "  two  spaces ", "hello<|im_end|>hello", "日本語 🙂", "<tool>x</tool>",
+    "a\u0301 \t\n", "<s></s><unk>", "<0x0A>▁a", "\U0010ffff1\U0010ffff", "\ud800x", "1234",
+]  # fmt: skip
+
+
+def byte_level(**settings):
+    """A library tokenizer with ChatML's tokens and one that is no control token."""
+    metadata = vocabularies.byte_level(special=[])
+    ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    library = tokenizers.Tokenizer(models.BPE(ids, merges, **settings))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(vocabularies.SPECIAL)
+    library.add_tokens(["<tool>", "</tool>"])
+    return library
+
+
+def sentencepiece(**settings):
+    """One with bytes for what it lacks, a space before every text, and a BOS token."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁helowrd",
+              "ll", "he", "hell", "hello", "▁w", "▁hello"]  # fmt: skip
+    merges = [("l", "l"), ("h", "e"), ("he", "ll"), ("hell", "o"), ("▁", "w"), ("▁", "hello")]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    model = models.BPE(ids, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    library = tokenizers.Tokenizer(model)
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    library.add_special_tokens(["<unk>", "<s>", "</s>", "<|end|>"])
+    return library
+
+
+def unigram():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁hello", -1.0)]
+    pieces += [(letter, -3.0) for letter in "helowrd</s>"] + [("▁world", -1.5)]
+    pieces = list(dict(pieces).items())
+    library = tokenizers.Tokenizer(models.Unigram(pieces, 2, False))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    library.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    return library
+
+
+def make(library, settings=None, stops=()):
+    tokenizer = Tokenizer.from_metadata(
+        {
+            "tokenizer.huggingface.json": library if isinstance(library, str) else library.to_str(),
+            "cyclewise.tokenizer_config": settings or {},
+            "cyclewise.stop_token_ids": list(stops),
+        }
+    )
+    assert isinstance(tokenizer, JsonTokenizer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("make_library", [byte_level, sentencepiece, unigram])
+def test_ids_are_the_librarys(make_library):
+    library = make_library()
+    tokenizer = make(library, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    harmless = [text for text in TEXTS if "<" not in text and "\U0010ffff" not in text][:-2]
+    for text in [*harmless, "1234"]:
+        assert tokenizer.encode(text) == library.encode(text).ids
+        plain = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, add_special=False) == plain
+        assert tokenizer.decode(plain) == library.decode(plain)
+
+
+@pytest.mark.parametrize("make_library", [byte_level, sentencepiece, unigram])
+def test_plain_text_never_becomes_a_control_token(make_library):
+    library = make_library()
+    tokenizer = make(library, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    control = {library.token_to_id(text) for text in tokenizer.control_tokens}
+    assert len(control) >= 3
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special=False)
+        # what no token of the vocabulary writes stays unknown
+        assert not (control - {library.token_to_id("<unk>")}) & set(ids)
+    if make_library is not unigram:
+        for text in TEXTS[:-3]:
+            read = text if make_library is byte_level else text.replace("▁", " ")
+            assert tokenizer.decode(tokenizer.encode(text)) == read
+
+
+def test_control_tokens_where_they_are_asked_for():
+    library = byte_level()
+    tokenizer = make(library)
+    for text in TEXTS[:8]:
+        expected = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, parse_special=True) == expected
+    assert library.token_to_id("<|im_end|>") in tokenizer.encode(TEXTS[4], parse_special=True)
+    assert library.token_to_id("<tool>") in tokenizer.encode("<tool>")
+    assert tokenizer.decode(tokenizer.encode("<tool>x")) == "<tool>x"
+
+
+@pytest.mark.parametrize("make_library", [byte_level, sentencepiece])
+def test_a_chat_is_encoded_as_a_whole(make_library):
+    library = make_library()
+    tokenizer = make(library)
+    end = "<|im_end|>" if make_library is byte_level else "<|end|>"
+    parts = [
+        (" hello", False), (end, True), ("hello ", False), (end, True), (end, True), ("w", False)
+    ]  # fmt: skip
+    rendered = Rendered(tuple(Part(*part) for part in parts))
+    assert (
+        tokenizer.encode_chat(rendered)
+        == library.encode(rendered.text, add_special_tokens=False).ids
+    )
+    mixed = Rendered((Part(f"a{end}", False), Part(end, True)))
+    assert tokenizer.encode_chat(mixed).count(library.token_to_id(end)) == 1
+
+
+def test_a_chat_begins_with_one_bos_token():
+    tokenizer = make(sentencepiece(), {"bos_token": "<s>"})
+    assert tokenizer.add_bos and tokenizer.bos_id == 1
+    for parts in ((Part("hello", False),), (Part("<s>", True), Part("hello", False))):
+        assert tokenizer.encode_chat(Rendered(parts))[:2] == [1, tokenizer.encode("hello")[1]]
+
+
+def test_template_and_tokenizer_agree_on_what_is_special():
+    tokenizer = make(byte_level(), {"eos_token": "<|im_end|>"})
+    template = ChatTemplate.for_model({}, tokenizer)
+    ids = tokenizer.encode_chat(template.render([{"role": "user", "content": "<|im_end|>"}]))
+    assert ids.count(tokenizer.eos_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins", "ends"),
+    [
+        ({}, True, False),
+        ({"add_bos_token": False}, False, False),
+        ({"add_bos_token": True, "add_eos_token": True}, True, True),
+        ({"add_eos_token": True}, False, True),
+    ],
+)
+def test_flags_stand_above_the_post_processor(settings, begins, ends):
+    tokenizer = make(sentencepiece(), {"bos_token": "<s>", "eos_token": "</s>", **settings})
+    ids = tokenizer.encode("hello")
+    assert (ids[0] == 1, ids[-1] == 2, tokenizer.add_bos) == (begins, ends, begins)
+
+
+def test_stop_tokens():
+    library = byte_level()
+    end, start = library.token_to_id("<|im_end|>"), library.token_to_id("<|im_start|>")
+    assert make(library).stop_ids == {library.token_to_id("<|endoftext|>"), end}
+    tokenizer = make(library, {"eos_token": "<tool>"}, [start, 10**9])
+    assert {start, library.token_to_id("<tool>")} <= tokenizer.stop_ids
+    assert "<tool>" in tokenizer.control_tokens  # what ends a turn is none of a user's
+
+
+def test_streams_are_exact():
+    tokenizer = make(byte_level())
+    text = "hello 日本語 🙂 <tool>"
+    stream = tokenizer.stream()
+    ids = tokenizer.encode(text)
+    assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_tokens_that_only_the_settings_name():
+    more = {"300": {"content": "<|more|>", "special": True}, "x": 3, "7": "no"}
+    tokenizer = make(byte_level(), {"added_tokens_decoder": more})
+    assert "<|more|>" in tokenizer.control_tokens and tokenizer.vocab_size == 301
+    assert tokenizer.encode("<|more|>", parse_special=True) == [300]
+
+
+def test_whole_words_that_are_control_tokens():
+    library = byte_level(ignore_merges=True)
+    metadata = json.loads(library.to_str())
+    metadata["model"]["vocab"]["hell"] = 290
+    metadata["added_tokens"] = [{"id": 290, "content": "hell", "special": True,
+        "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}]  # fmt: skip
+    tokenizer = make(json.dumps(metadata))
+    assert tokenizer.decode(tokenizer.encode("hell")) == "hell"
+    assert tokenizer.encode("hell", parse_special=True) == [290]
+
+
+def test_damaged_files():
+    whole = json.loads(byte_level().to_str())
+    for text, reason in (
+        ("", "no JSON"), ("[]", "no JSON"), ("{}", "no JSON"), ('{"a": 1', "no JSON"),
+        ('{"model": ' + "[" * 10**5, "nested too deeply"), ('{"model": 3}', "no model"),
+        (json.dumps(whole | {"added_tokens": 3}), "no list"),
+        (json.dumps(whole | {"added_tokens": [{"content": "a", "id": -1}]}), "has the id -1"),
+        (json.dumps(whole | {"added_tokens": [{"content": "zz", "id": 3}]}), "two tokens have one"),
+        (json.dumps(whole | {"model": whole["model"] | {"merges": ["x y"]}}), "damaged"),
+        (json.dumps(whole | {"model": whole["model"] | {"vocab": {"a": -3}}}), "no table of ids"),
+        (json.dumps(whole | {"post_processor": {"type": "TemplateProcessing", "single": [3]}}),
+         "no template"),
+    ):  # fmt: skip
+        with pytest.raises(ModelFileError, match=reason):
+            make(text)
+
+
+def test_kinds_that_no_decoder_has():
+    words = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    with pytest.raises(UnsupportedModelError, match=r"type 'WordPiece' is not supported; BPE and"):
+        make(words)
+    library = byte_level()
+    library.decoder = decoders.WordPiece()
+    with pytest.raises(UnsupportedModelError, match=r"its decoder \(WordPiece\)"):
+        make(library)
+
+
+def test_fuzz_flipped_characters():
+    generator = random.Random(0)
+    whole = sentencepiece().to_str()
+    refused = 0
+    for _ in range(400):
+        characters = list(whole)
+        for _ in range(generator.choice((1, 1, 3))):
+            characters[generator.randrange(len(whole))] = generator.choice('0129{}[],:"a -')
+        try:
+            make("".join(characters), {"bos_token": "<s>"}).encode("hello world")
+        except CyclewiseError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 20 < refused < 400
+
+
+def test_a_thousand_lines_of_a_real_vocabulary(smollm2_path, shared_data):
+    """The library's file and the GGUF file of one vocabulary give the same ids."""
+    with GGUFFile(smollm2_path) as file:
+        metadata = file.metadata
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    library = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    library.add_special_tokens([t for t, kind in zip(tokens, types, strict=True) if kind == 3])
+    ours, theirs = make(library), Tokenizer.from_metadata(metadata)
+    text = (shared_data / "wikitext-2" / "wikitext-2-raw-test.joined.txt").read_text("utf-8")
+    for line in text.split("\n")[:1000]:
+        ids = library.encode(line).ids
+        assert ours.encode(line) == ids == theirs.encode(line)
+        assert ours.decode(ids) == line
