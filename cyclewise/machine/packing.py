@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from cyclewise.errors import InvalidParameterError, ModelFileError
+from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.packed import Arena, open_arena
@@ -88,6 +88,7 @@ class Weights:
         self._arena = open_arena(source.files, source.variant, self._total)
         self._index: list[list[object]] = []
         self._used = 0
+        self._left = dict.fromkeys(source.tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._source.tensors
@@ -198,6 +199,18 @@ class Weights:
         padded[:length] = values if row_order is None else values[row_order]
         return self.keep(padded)
 
+    def check_all_used(self) -> None:
+        """That every tensor of the source was asked for. RoPE's factors may not be needed.
+
+        Raises UnsupportedModelError: without the others the model would compute something else.
+        """
+        left = [name for name in self._left if not name.startswith("rope_")]
+        if left:
+            raise UnsupportedModelError(
+                f"{self._source.path}: the model's architecture is not known to have a tensor like "
+                f"{left[0]} ({len(left)} in all); it is a variant that is not supported."
+            )
+
     def keep(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """Keeps an array alive whose address a moment holds."""
         self._memory.append(array)
@@ -229,6 +242,7 @@ class Weights:
                 f"{self._source.path}: tensor {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(shape)}."
             )
+        self._left.pop(name, None)
         return tensor
 
 

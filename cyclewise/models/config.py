@@ -7,9 +7,10 @@ llama.cpp's converter writes them, and its rules hold where a file leaves someth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
 
@@ -211,7 +212,7 @@ def _windows(read: _Metadata, architecture: str, num_layers: int) -> tuple[int |
         pattern = WINDOW_PERIODS.get(architecture, 0)
     if isinstance(pattern, int) and not isinstance(pattern, bool) and 0 <= pattern <= _LIMIT:
         local = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(num_layers)]
-    elif isinstance(pattern, Sequence) and len(pattern) == num_layers:
+    elif isinstance(pattern, list | np.ndarray) and len(pattern) == num_layers:
         local = [bool(each) for each in pattern]
     else:
         raise read.wrong("attention.sliding_window_pattern", pattern)

@@ -76,6 +76,7 @@ class Decoder:
             self.builder.softcap("output.softcap", config.logit_softcap)
 
     def program(self) -> Program:
+        self.weights.check_all_used()
         return self.builder.build(self.weights)
 
 

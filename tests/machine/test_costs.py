@@ -10,10 +10,14 @@ from cyclewise.machine.costs import (
     MatrixShape,
     attention_form,
     cost,
+    embed_form,
+    gated_form,
     layer_norm_form,
     linear_form,
+    norm_form,
     positions_form,
     rope_form,
+    softcap_form,
 )
 from cyclewise.machine.kernels.blocks import tile_bytes
 from cyclewise.machine.names import collapsed, layer_of
@@ -184,6 +188,39 @@ def test_forms_of_normed_queries_and_windows():
         count.kv_bytes += 2 * keys[position + 1 - window :].nbytes
     form = attention_form(heads, kv_heads, dim, window=window, softcap=True)
     assert asdict(cost(form, shape)) == {"unit": "fma", **asdict(book.counts["attend"])}
+
+
+def test_forms_of_gemma():
+    rng, book, width = np.random.default_rng(0), Book(), 48
+    table = rng.standard_normal((9, width)).astype(np.float16)
+    with book.moment("embed") as count:
+        rows = table[[4, 4, 0]]
+        x = counted(rows.astype(np.float32), book) * np.float32(3)
+        count.activation_bytes += rows.nbytes + x.nbytes
+    projected = counted(rng.standard_normal((3, width)).astype(np.float32), book)
+    weight = np.ones(width, np.float32)
+    with book.moment("add_norm") as count:
+        out = x + naive.rms_norm(projected, weight, 1e-6).astype(np.float32)
+        count.weight_bytes += weight.nbytes
+        count.activation_bytes += x.nbytes + projected.nbytes + out.nbytes
+    gate, up = rng.standard_normal((2, 32, width)).astype(np.float32)
+    with book.moment("gated") as count:
+        gated = (naive.gelu(x @ gate.T) * (x @ up.T)).astype(np.float32)
+        count.weight_bytes += gate.nbytes + up.nbytes
+        count.activation_bytes += x.nbytes + gated.nbytes
+    with book.moment("softcap") as count:
+        capped = naive.softcap(x, 30.0).astype(np.float32)
+        count.activation_bytes += x.nbytes + capped.nbytes
+    matrix = MatrixShape("F32", 32, width, gate.nbytes)
+    forms = {
+        "embed": embed_form(width, 2 * width, scaled=True),
+        "add_norm": norm_form(width, add=True),
+        "gated": gated_form(matrix, matrix, "gelu", quantized=False),
+        "softcap": softcap_form(width),
+    }
+    for name, form in forms.items():
+        each = asdict(cost(form, BatchShape(((3, 1),), 3)))
+        assert each == {"unit": "fma", **asdict(book.counts[name])}, name
 
 
 def test_forms_of_gpt2():

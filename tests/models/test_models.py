@@ -235,6 +235,9 @@ def test_what_is_not_supported(tmp_path):
     refused(tmp_path, narrow, UnsupportedModelError, "multiple of 16")
     partly = Tiny(format="Q4_0", formats={"ffn_up": "F32"})
     refused(tmp_path, partly, UnsupportedModelError, "partly float")
+    more = lambda t: t.update({"blk.1.attn_sinks.weight": t["output_norm.weight"]})  # noqa: E731
+    match = r"not known to have a tensor like blk.1.attn_sinks.weight \(1 in all\)"
+    refused(tmp_path, Tiny(), UnsupportedModelError, match, more)
 
 
 def test_numbers_that_cannot_be(tmp_path):
