@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ HALVES = {
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 BLOCK_FORMATS = tuple(BLOCKS)
 FORMATS = FLOAT_FORMATS + BLOCK_FORMATS
+GGML_FORMATS = tuple(n for n in BLOCK_FORMATS if FILE_FORMATS[n].ggml_id is not None)
 
 FUSED = host_target().name != "plain" or platform.machine().lower() not in ("x86_64", "amd64")
 """Whether fused multiply-adds are fused: the plain x86 target has no instruction for them."""
@@ -133,6 +135,15 @@ def random_rows(
             small = (scale * rng.uniform(0.5, 1.5, shape)).astype(np.float16)
             data[..., at : at + 2] = small[..., None].view(np.uint8)
     return data.reshape(rows, -1)
+
+
+LLAMA_CPP = np.load(Path(__file__).parents[1] / "weights" / "blocks.npz")
+"""Blocks quantized by llama.cpp and what it makes of them: `weights/make_blocks.py`."""
+
+
+def llama_cpp_rows(format_name: str) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A file's rows and their values."""
+    return LLAMA_CPP[f"{format_name}.blocks"], LLAMA_CPP[f"{format_name}.values"]
 
 
 def pack(

@@ -13,11 +13,13 @@ from tests.machine.kernel_calls import (
     FLOAT_FORMATS,
     FORMATS,
     FUSED,
+    GGML_FORMATS,
     GUARD,
     HALVES,
     activations,
     check_guard,
     guarded,
+    llama_cpp_rows,
     pack,
     random_rows,
     tile_sums,
@@ -108,6 +110,16 @@ def test_a_product_is_near_what_float64_gives(format_name):
     exact = seen.astype(np.float64) @ weights.T
     size = np.abs(seen) @ np.abs(weights).T
     assert (np.abs(want - exact) <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("format_name", GGML_FORMATS)
+def test_blocks_that_llama_cpp_quantized(format_name):
+    """Products are as far from those of llama.cpp's own float32 weights as int8 activations are."""
+    data, values = llama_cpp_rows(format_name)
+    x = float_inputs(np.random.default_rng(8), 10, values.shape[1])
+    got = check(format_name, data, x, (1, 4, 10))
+    exact = x.astype(np.float64) @ values.T.astype(np.float64)
+    assert np.linalg.norm(got - exact) <= 0.01 * np.linalg.norm(exact)
 
 
 def extreme_blocks(format_name, columns):

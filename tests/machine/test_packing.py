@@ -10,7 +10,9 @@ from cyclewise.weights.formats import FORMATS as FORMATS_OF_FILES
 from tests import naive
 from tests.machine.kernel_calls import (
     FORMATS,
+    GGML_FORMATS,
     kernel,
+    llama_cpp_rows,
     pack,
     packed_row,
     random_rows,
@@ -44,6 +46,18 @@ def test_the_twin_reads_blocks_as_the_gguf_package_does(format_name):
     np.testing.assert_allclose(
         naive.dequantize(format_name, data), dequantized(format_name, data), rtol=3e-7
     )
+
+
+@pytest.mark.parametrize("format_name", GGML_FORMATS)
+def test_blocks_that_llama_cpp_quantized(format_name):
+    data, want = llama_cpp_rows(format_name)
+    # Q6_K: llama.cpp rounds scale * sub-scale before it multiplies by the code.
+    ulp = 0 if format_name != "Q6_K" else 2
+    np.testing.assert_array_max_ulp(naive.dequantize(format_name, data), want, ulp)
+    packed = pack(format_name, data, want.shape[1])
+    for row in range(len(data)):
+        got = packed_row(format_name, packed, want.shape[1], row)
+        np.testing.assert_array_max_ulp(got, want[row], ulp)
 
 
 @pytest.mark.parametrize("rows", [16, 5, 37])

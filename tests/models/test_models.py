@@ -39,6 +39,13 @@ BLOCK_MODELS = {
         formats={"token_embd": "Q8_0", "attn_v": "Q6_K", "ffn_down": "Q6_K", "ffn_gate": "Q5_0"},
         biases=("attn_q", "attn_k", "attn_v"), vocab=90,
     ),
+    "many_formats": Tiny(
+        format="Q5_K", hidden=256, head_dim=64, feed_forward=512, layers=2,
+        formats={
+            "token_embd": "IQ4_XS", "attn_q": "Q3_K", "attn_k": "Q2_K", "attn_output": "Q5_1",
+            "ffn_gate": "IQ4_NL", "ffn_up": "MXFP4",
+        },
+    ),
     "float_layers": Tiny(
         format="Q4_1", formats={"token_embd": "F16", "ffn_down": "F32", "attn_output": "BF16"}
     ),

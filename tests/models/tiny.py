@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.weights.formats import FORMATS as FILE_FORMATS
 from tests import naive
+from tests.machine.kernel_calls import llama_cpp_rows
 
 Tensor = tuple[NDArray[np.uint8], str]
 """A file's rows as bytes, and their format."""
@@ -50,6 +52,8 @@ def rows_of(rng: np.random.Generator, format_name: str, rows: int, columns: int)
     """A random matrix of about unit gain."""
     kind = gguf.GGMLQuantizationType[format_name]
     values = rng.standard_normal((rows, columns)).astype(np.float32) * np.float32(columns**-0.5)
+    if format_name in _CODES:
+        return _random_codes(rng, format_name, rows, columns), format_name
     if format_name not in ("Q4_K", "Q6_K"):
         data = gguf.quants.quantize(values, kind)
         return np.ascontiguousarray(data).view(np.uint8).reshape(rows, -1), format_name
@@ -67,6 +71,23 @@ def rows_of(rng: np.random.Generator, format_name: str, rows: int, columns: int)
         blocks[..., 0:2] = _half(columns**-0.5 / (4.6 * 32))
         blocks[..., 2:4] = _half(columns**-0.5 / (4.6 * 32) * 7.5)
     return blocks.reshape(rows, -1), format_name
+
+
+_CODES = {
+    "Q2_K": (16, 80), "Q3_K": (0, 96), "Q5_K": (16, 176), "IQ4_NL": (2, 18), "IQ4_XS": (8, 136),
+}  # fmt: skip
+"""Where in a block the codes lie, of other formats that the gguf package cannot write."""
+
+
+def _random_codes(
+    rng: np.random.Generator, format_name: str, rows: int, columns: int
+) -> NDArray[np.uint8]:
+    """Scales as llama.cpp chose them for weights of 0.05, and random codes."""
+    block = llama_cpp_rows(format_name)[0][0, : FILE_FORMATS[format_name].block_bytes]
+    blocks = np.tile(block, (rows, columns // FILE_FORMATS[format_name].block_size, 1))
+    first, last = _CODES[format_name]
+    blocks[..., first:last] = rng.integers(0, 256, (*blocks.shape[:2], last - first))
+    return blocks.reshape(rows, -1)
 
 
 def _half(value: float) -> NDArray[np.uint8]:
