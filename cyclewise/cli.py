@@ -23,7 +23,9 @@ from cyclewise.options import (
     AsJson,
     Context,
     DefaultModelName,
+    Draft,
     ModelName,
+    Speculate,
     Threads,
     load,
     parse_size,
@@ -215,6 +217,8 @@ def run(
     ] = None,
     context: Context = None,
     threads: Threads = None,
+    speculate: Speculate = True,
+    draft: Draft = None,
 ) -> None:
     """Answer one prompt.
 
@@ -252,7 +256,7 @@ def run(
     from cyclewise import terminal
     from cyclewise.llm import LLM
 
-    with LLM(model, context=context, threads=threads) as llm:
+    with LLM(model, context=context, threads=threads, speculate=speculate, draft=draft) as llm:
         if raw or (system is None and not llm.has_chat_template):
             pieces = llm.stream(text, params)
         else:
@@ -323,6 +327,8 @@ def chat(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    speculate: Speculate = True,
+    draft: Draft = None,
 ) -> None:
     """Talk with a model, turn by turn.
 
@@ -347,7 +353,7 @@ def chat(
     from cyclewise.llm import LLM
     from cyclewise.repl import converse
 
-    with LLM(model, context=context, threads=threads) as llm:
+    with LLM(model, context=context, threads=threads, speculate=speculate, draft=draft) as llm:
         if not llm.has_chat_template:
             raise InvalidParameterError(
                 f"{model} has no chat template, so it cannot hold a conversation: "

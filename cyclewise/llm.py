@@ -74,6 +74,8 @@ class Result:
     seconds_to_first_token: float  # from the start of the prompt's evaluation
     prefill_tokens_per_second: float  # of the prompt's tokens that were evaluated
     decode_tokens_per_second: float  # of all choices, after the first token; 0 if it was the only
+    guessed_tokens: int  # tokens that were guessed and verified: see `speculate`
+    accepted_tokens: int  # those of them that came true
     finish_reason: FinishReason
     logprobs: list[TokenLogprob] | None
     prompt_logprobs: list[TokenLogprob | None] | None  # None for the first token: nothing before it
@@ -105,7 +107,13 @@ class LLM:
     """
 
     def __init__(
-        self, model: str = "smollm2", *, context: int | None = None, threads: int | None = None
+        self,
+        model: str = "smollm2",
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        speculate: bool = True,
+        draft: str | None = None,
     ) -> None:
         """Load a model, fetching it first if need be.
 
@@ -113,6 +121,9 @@ class LLM:
                  `hf:owner/repo/file.gguf`
         context  most tokens of prompt and answer together; None: the model's own, at most 4096
         threads  None: as many as this process may run on
+        speculate  guess tokens that the text has had before, and verify several in one step: the
+                 same tokens come out, faster where answers quote (`engine/speculation.py`)
+        draft    a smaller model of the same vocabulary that guesses too, named like `model`
 
         Raises a CyclewiseError that says what is wrong: ModelNotFoundError, DownloadError,
         ModelFileError, UnsupportedModelError, InvalidParameterError, CacheError.
@@ -124,14 +135,35 @@ class LLM:
         if threads is not None:
             check_integer("threads", threads, 1, 4096, "None: as many as this process may run on")
         from cyclewise.engine.engine import Engine
+        from cyclewise.engine.speculation import Speculation
 
         self.model, self.tokenizer = _load(model, context, threads)
         self.engine = Engine(self.model)
+        self._draft = None if draft is None else self._load_draft(draft, threads)
+        self.speculate = speculate  # from the next generation on
+        drafting = None if self._draft is None else Engine(self._draft)
+        self._speculation = Speculation(drafting)
         self._sequence = self.engine.new_sequence()
         self._template: ChatTemplate | None = None
         self._queue = threading.Lock()
         self._owner: int | None = None  # the thread that generates, or last advanced the stream
         self._closed = False
+
+    def _load_draft(self, draft: str, threads: int | None) -> Model:
+        from cyclewise.engine.speculation import check_vocabularies
+
+        try:
+            loaded, tokenizer = _load(draft, None, threads)
+        except BaseException:
+            self.model.close()
+            raise
+        try:
+            check_vocabularies(self.tokenizer, tokenizer)
+        except BaseException:
+            self.model.close()
+            loaded.close()
+            raise
+        return loaded
 
     @property
     def context(self) -> int:
@@ -228,6 +260,8 @@ class LLM:
         if not self._closed:
             self._closed = True
             self.model.close()
+            if self._draft is not None:
+                self._draft.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -294,13 +328,18 @@ class LLM:
         forks = [self._fork(sequence) for _ in range(params.n - 1)]
         prefill_seconds = decode_seconds = 0.0  # without the time that the caller keeps a piece
         num_decoded = 0
+        speculator = self._speculation.begin(self.speculate and params.n == 1)
         try:
             voices = [
                 self._voice(index, each, prompt_ids, params.of_answer(index))
                 for index, each in enumerate([sequence, *forks])
             ]
             while running := [voice for voice in voices if voice.finish_reason is None]:
-                gained = advance(self.engine, [voice.generation for voice in running])
+                generations = [voice.generation for voice in running]
+                if prefill_seconds:
+                    gained = speculator.advance(self.engine, generations)
+                else:
+                    gained = advance(self.engine, generations)
                 texts = [voice.push(ids) for voice, ids in zip(running, gained, strict=True)]
                 now = perf_counter()
                 if prefill_seconds:
@@ -327,6 +366,8 @@ class LLM:
             seconds_to_first_token=prefill_seconds,
             prefill_tokens_per_second=(len(prompt_ids) - reused) / prefill_seconds,
             decode_tokens_per_second=num_decoded / decode_seconds if num_decoded else 0.0,
+            guessed_tokens=speculator.num_guessed,
+            accepted_tokens=speculator.num_right,
             finish_reason=first.finish_reason,
             logprobs=first.logprobs,
             prompt_logprobs=None if scores is None else [None, *map(self._logprob, scores)],

@@ -59,10 +59,15 @@ def summary(result: Result, params: SamplingParams, context: int) -> str:
         else f"the context of {context} tokens is full",
     )
     reused = f" + {result.reused_tokens} cached" if result.reused_tokens else ""
+    guessed = (
+        f" ({result.accepted_tokens} of {result.guessed_tokens} guessed came true)"
+        if result.guessed_tokens
+        else ""
+    )
     return (
         f"prompt {result.prompt_tokens - result.reused_tokens}{reused} tokens at "
         f"{result.prefill_tokens_per_second:.0f} tok/s, answer {result.generated_tokens} tokens at "
-        f"{result.decode_tokens_per_second:.0f} tok/s; {why}"
+        f"{result.decode_tokens_per_second:.0f} tok/s{guessed}; {why}"
     )
 
 

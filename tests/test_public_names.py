@@ -43,6 +43,8 @@ def test_fields():
         "seconds_to_first_token",
         "prefill_tokens_per_second",
         "decode_tokens_per_second",
+        "guessed_tokens",
+        "accepted_tokens",
         "finish_reason",
         "logprobs",
         "prompt_logprobs",
@@ -80,7 +82,7 @@ def test_methods_of_llm():
     }
     assert list(public) == ["context", "has_chat_template", "generate", "stream", "chat", "close"]
     parameters = inspect.signature(cyclewise.LLM).parameters
-    assert list(parameters) == ["model", "context", "threads"]
+    assert list(parameters) == ["model", "context", "threads", "speculate", "draft"]
     assert parameters["model"].default == "smollm2"
 
 

@@ -9,6 +9,7 @@ would have been chosen one by one. `llm.py` makes text of them, and ends at stop
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -69,18 +70,33 @@ class Generation:
         self._sampler = Sampler(params)
         self._drafted: list[int] = []
 
-    def draft(self, token_ids: SequenceOf[int]) -> None:
-        """Guess what follows the token chosen last; the next step verifies it.
+    @property
+    def token_ids(self) -> list[int]:
+        """The prompt, and all that was generated: a list of the caller's own."""
+        rest: list[int] = self.request.token_ids.tolist()
+        return self.sequence.token_ids + rest
 
-        To be called between a step that gained tokens and the next. Guesses beyond the context or
-        `max_tokens` are dropped. All that a step is given must fit into it.
+    def copy_sampler(self) -> Sampler:
+        """A sampler that would choose what this one will: with its random numbers to come."""
+        return copy.deepcopy(self._sampler)
+
+    def draft(self, token_ids: SequenceOf[int]) -> int:
+        """Guess what follows the token chosen last; the next step verifies it. Returns how many of
+        the guesses it will verify.
+
+        To be called between a step that gained tokens and the next. Guesses beyond the context,
+        `max_tokens` or a step's tokens are dropped. All that a step is given must fit into it.
         """
         last = self.request.token_ids[-1:].tolist()
-        room = self._engine.context - len(self.sequence) - 1
+        room = (
+            min(self._engine.context - len(self.sequence), self._engine.machine.max_batch_tokens)
+            - 1
+        )
         if self._max_tokens is not None:
             room = min(room, self._max_tokens - self.num_generated - 1)
         self._drafted = list(token_ids[: max(0, room)])
         self.request = self._engine.request(self.sequence, last + self._drafted, "all")
+        return len(self._drafted)
 
     @property
     def num_rows(self) -> int:
