@@ -31,6 +31,12 @@ def smollm2_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma3_path() -> Path:
+    """Gemma 3 270M, 253 MB: for slow tests only."""
+    return _fetched("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
 def qwen_coder_path() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct, 491 MB: for slow tests only."""
     return _fetched(QWEN_CODER)
