@@ -451,18 +451,15 @@ def info(
     Each token that is generated reads nearly all weights once, so the read bandwidth of the memory,
     which is measured here, sets the limit.
     """
+    from cyclewise.models import facts as model_facts
+
     loaded = load(model, context, threads)
     try:
         bandwidth = loaded.machine.read_bandwidth(0.5)
         facts = {
             "model": model,
             "path": str(loaded.path),
-            "name": loaded.config.name,
-            "architecture": loaded.config.architecture,
-            "layers": loaded.config.num_layers,
-            "hidden_size": loaded.config.hidden_size,
-            "vocab_size": loaded.config.vocab_size,
-            "context": loaded.config.context_length,
+            **model_facts.facts(loaded.config),
             "chat_template": bool(loaded.metadata.get("tokenizer.chat_template")),
             "format_bytes": loaded.format_bytes,
             "bytes_per_token": loaded.bytes_per_token,
@@ -488,6 +485,8 @@ def info(
         "file": facts["path"],
         "architecture": f"{facts['architecture']}, {facts['layers']} layers of "
         f"{facts['hidden_size']}, vocabulary of {facts['vocab_size']}",
+        "attention": model_facts.attention(loaded.config),
+        "positions": model_facts.positions(loaded.config),
         "context": f"{facts['context']} tokens, {facts['kv_bytes_per_token']} bytes of cache each",
         "chat template": "yes" if facts["chat_template"] else "no",
         "weights": formats,

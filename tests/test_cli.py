@@ -13,6 +13,7 @@ import cyclewise.cli
 import cyclewise.llm
 from cyclewise import LLM, SamplingParams, __version__
 from cyclewise.cli import app
+from cyclewise.models.config import Config, Rope
 from cyclewise.repl import converse
 from cyclewise.terminal import table, write
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer, hashed_logits, scripted
@@ -243,7 +244,11 @@ def test_pruning_packed_weights(cache):
 def test_info(toy):
     model = toy()
     model.path = "toy.gguf"
-    vars(model.config).update(architecture="toys", num_layers=2, hidden_size=8)
+    model.config = Config(
+        architecture="toys", name="Toy", num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1,
+        head_dim=4, feed_forward=16, vocab_size=9, context_length=50, trained_context=99,
+        norm_epsilon=1e-5, rope=Rope(4, 1e4), query_scale=0.5, windows=(None, 32),
+    )  # fmt: skip
     model.format_bytes = {"F32": 1_000_000, "Q4_1": 3_000_000}
     model.bytes_per_token, model.kv_bytes_per_token = 4_000_000, 128
     model.machine.num_threads = 2
@@ -251,11 +256,12 @@ def test_info(toy):
     told = json.loads(call("info", "toy", "--json").stdout)
     assert told["decode_limit_tokens_per_second"] == 2000
     assert told["format_bytes"] == {"F32": 1_000_000, "Q4_1": 3_000_000}
-    assert told["architecture"] == "toys"
+    assert (told["architecture"], told["window"], told["windowed_layers"]) == ("toys", 32, 1)
     assert model.closed
     text = call("info", "toy").stdout
     assert "Q4_1 3.0 MB (75%), F32 1.0 MB (25%)" in text
     assert "2000 tokens/s" in text
+    assert "2 heads of 4, 1 of keys and values; 1 of 2 layers see the last 32 tokens" in text
 
 
 def test_bench_passes_its_options_on(toy, monkeypatch):
