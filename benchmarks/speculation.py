@@ -16,6 +16,7 @@ import statistics
 from pathlib import Path
 
 from cyclewise import LLM, SamplingParams
+from cyclewise.bench.host import describe_host
 
 HERE = Path(__file__).parent
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=Path("../shared/data"))
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--limit", type=int, help="Prompts to take.")
+    parser.add_argument("--rounds", type=int, default=1, help="Turns of each prompt.")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--draft")
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -52,27 +54,31 @@ def main() -> None:
     llm = LLM(options.model, threads=options.threads, draft=options.draft)
     rows = []
     for prompt in prompts[: options.limit]:
+        messages = [{"role": "user", "content": prompt}]
+        seconds: dict[bool, list[float]] = {False: [], True: []}
         results = {}
-        for guessing in (True, False) if len(rows) % 2 else (False, True):
-            llm.speculate = guessing
-            results[guessing] = llm.chat([{"role": "user", "content": prompt}], params)
+        for turn in range(options.rounds):
+            for guessing in (True, False) if (len(rows) + turn) % 2 else (False, True):
+                llm.speculate = guessing
+                results[guessing] = found = llm.chat(messages, params)
+                seconds[guessing].append(found.generated_tokens / found.decode_tokens_per_second)
         slow, fast = results[False], results[True]
         if slow.token_ids != fast.token_ids:
             raise SystemExit(f"the answers differ: {slow.text!r} and {fast.text!r}")
-        ratio = fast.decode_tokens_per_second / max(slow.decode_tokens_per_second, 1e-9)
+        plain, guessing_ = (statistics.median(seconds[guessing]) for guessing in (False, True))
         rows.append(
             {
                 "tokens": slow.generated_tokens,
-                "plain_seconds": slow.generated_tokens / slow.decode_tokens_per_second,
-                "guessing_seconds": slow.generated_tokens / fast.decode_tokens_per_second,
-                "ratio": ratio,
+                "plain_seconds": plain,
+                "guessing_seconds": guessing_,
+                "ratio": plain / guessing_,
                 "guessed": fast.guessed_tokens,
                 "accepted": fast.accepted_tokens,
             }
         )
         print(
-            f"{slow.generated_tokens:4} tokens: {slow.decode_tokens_per_second:6.1f} -> "
-            f"{fast.decode_tokens_per_second:6.1f} tok/s, x {ratio:.2f}; "
+            f"{slow.generated_tokens:4} tokens: {slow.generated_tokens / plain:6.1f} -> "
+            f"{slow.generated_tokens / guessing_:6.1f} tok/s, x {plain / guessing_:.2f}; "
             f"{fast.accepted_tokens} of {fast.guessed_tokens} came true",
             flush=True,
         )
@@ -83,7 +89,9 @@ def main() -> None:
         f"all together x {total:.3f}"
     )
     if options.json:
-        found = {"model": options.model, "what": options.what, "draft": options.draft}
+        found = {"model": Path(options.model).name, "what": options.what, "draft": options.draft}
+        found |= {"host": describe_host(), "threads": llm.model.machine.num_threads}
+        found |= {"temperature": options.temperature, "rounds": options.rounds}
         found |= {"median": statistics.median(ratios), "together": total, "answers": rows}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -103,8 +103,8 @@ def parse_change(text: str) -> Change:
                 text,
                 f"{DRAFTED} tokens are drafted for nothing, and each is accepted with a chance of "
                 f"{ACCEPTED[1]:.0%} (band: {ACCEPTED[0]:.0%} to {ACCEPTED[2]:.0%})",
-                lambda case: replace(case, drafted=DRAFTED),
-            )
+                lambda case: replace(case, drafted=DRAFTED), measurable=True,
+            )  # fmt: skip
         case "bandwidth":
             return _bandwidth(text, value)
     hardware = read_hardware(value)

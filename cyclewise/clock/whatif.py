@@ -19,6 +19,7 @@ from cyclewise.clock.limits import Limits
 from cyclewise.clock.machines import Hardware
 from cyclewise.clock.predict import Predictor, Times, View, prefill_shapes
 from cyclewise.clock.run import ClockedRun, Settings
+from cyclewise.clock.speculated import speculated_times
 from cyclewise.clock.validate import measured_times
 from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
@@ -145,14 +146,18 @@ class WhatIfs:
         machine = Machine(program, changed.threads)
         try:
             clocked = replace(self._model, machine=machine)
-            with ClockedRun(clocked, tokenizer, open_counter()) as run:
-                turns = [measured_times(turn) for turn in run.turns(changed.settings)]
+            if changed.drafted:
+                times = speculated_times(clocked, changed.settings, changed.drafted, ACCEPTED[1])
+            else:
+                with ClockedRun(clocked, tokenizer, open_counter()) as run:
+                    turns = [measured_times(turn) for turn in run.turns(changed.settings)]
+                times = Times(
+                    median(turn.first_token for turn in turns),
+                    median(turn.per_token for turn in turns),
+                )
         finally:
             machine.close()
         self._progress("")
-        times = Times(
-            median(turn.first_token for turn in turns), median(turn.per_token for turn in turns)
-        )
         settings = changed.settings
         ledger.append(
             [
