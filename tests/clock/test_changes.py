@@ -109,7 +109,7 @@ def test_what_can_be_measured_says_so():
                      "bandwidth=2x", "prune-heads=0.5", "machine=tpu")
     }  # fmt: skip
     assert [text for text, can in measurable.items() if can] == [
-        "threads=1", "batch=2", "prune-layers=1",
+        "threads=1", "batch=2", "prune-layers=1", "speculate",
     ]  # fmt: skip
 
 
