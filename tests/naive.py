@@ -362,11 +362,15 @@ def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Flo
 
 
 def matmul_floats(weights: Floats, x: Floats, *, fused: bool = True) -> Floats:
-    """(tokens, rows), column after column."""
+    """(tokens, rows): column after column in blocks of 256, and block after block."""
     total = np.zeros((len(x), len(weights)), np.float32)
-    for column in range(weights.shape[1]):
-        left = np.broadcast_to(weights[None, :, column], total.shape)
-        total = fma(left, np.broadcast_to(x[:, None, column], total.shape), total, fused=fused)
+    for first in range(0, weights.shape[1], 256):
+        block = np.zeros_like(total)
+        for column in range(first, min(first + 256, weights.shape[1])):
+            left = np.broadcast_to(weights[None, :, column], total.shape)
+            right = np.broadcast_to(x[:, None, column], total.shape)
+            block = fma(left, right, block, fused=fused)
+        total = total + block
     return total
 
 

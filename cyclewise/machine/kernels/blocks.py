@@ -29,7 +29,7 @@ from cyclewise.machine.kernels.block_format import (
     load_words,
     nibbles,
 )
-from cyclewise.machine.kernels.lang import F32, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import Emitter, Value
 from cyclewise.machine.kernels.lookup_blocks import IQ4_NL, IQ4_XS, MXFP4
 from cyclewise.machine.kernels.super_blocks import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
@@ -41,7 +41,6 @@ __all__ = [
     "STEPS",
     "BlockFormat",
     "block_shape",
-    "load_floats",
     "tile_bytes",
 ]
 
@@ -139,26 +138,16 @@ BLOCK_FORMATS: dict[str, BlockFormat] = {
 }  # fmt: skip
 
 FLOAT_FORMATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Formats whose weights meet float32 activations, with the bytes of a weight. A tile's column k
-is 16 weights.
+"""Formats whose weights meet float32 activations, with the bytes of a weight. A tile's column k is
+16 weights; of BF16 a pair of columns is 16 pairs of weights.
 """
-
-
-def load_floats(emitter: Emitter, name: str, address: Value, lanes: int) -> Value:
-    """`lanes` weights of a float format as float32."""
-    if name == "F32":
-        return emitter.load(address, vector(F32, lanes))
-    halves = emitter.load(address, vector(I16, lanes))
-    if name == "F16":
-        return emitter.half_to_float(halves)
-    words = emitter.cast(halves, vector(I32, lanes), "zext") << 16
-    return emitter.bitcast(words, vector(F32, lanes))
 
 
 def block_shape(name: str) -> tuple[int, int]:
     """Columns and bytes of a packed block of a tile of 16 rows."""
     if name in FLOAT_FORMATS:
-        return 1, FLOAT_FORMATS[name] * ROWS
+        columns = 2 if name == "BF16" else 1
+        return columns, columns * FLOAT_FORMATS[name] * ROWS
     kind = BLOCK_FORMATS[name]
     return GROUP * kind.groups_per_block, kind.block_bytes
 
@@ -166,4 +155,4 @@ def block_shape(name: str) -> tuple[int, int]:
 def tile_bytes(name: str, columns: int) -> int:
     """Bytes of one packed tile of 16 rows."""
     block_columns, block_bytes = block_shape(name)
-    return columns // block_columns * block_bytes
+    return -(-columns // block_columns) * block_bytes

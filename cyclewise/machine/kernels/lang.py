@@ -351,6 +351,19 @@ class Emitter:
         self.builder.branch(body)
         self.builder.position_at_end(done)
 
+    def in_tiles(
+        self, count: Value, sizes: Sequence[int], call: Callable[[int, Value], None]
+    ) -> None:
+        """Covers 0..count with tiles, the largest first: `call(size, first)`. The last size is
+        1.
+        """
+        done = self.variable(self.constant(0))
+        for size in sizes:
+            with self.loop() as leave_if:
+                leave_if(done.get() + size > count)
+                call(size, done.get())
+                done.add(size)
+
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
         with self.builder.if_then(condition.value):

@@ -27,7 +27,6 @@ from cyclewise.machine.kernels.blocks import (
     ROWS,
     STEPS,
     BlockFormat,
-    load_floats,
 )
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.dot import (
@@ -40,6 +39,7 @@ from cyclewise.machine.kernels.dot import (
     SubScale,
 )
 from cyclewise.machine.kernels.dots import make_dot
+from cyclewise.machine.kernels.float_matmul import FloatMatmul
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
 
 UNPACK_FROM = 9
@@ -57,21 +57,9 @@ def matmul_unit(name: str, tiles: tuple[int, ...] | None = None) -> Unit:
     """
     exports = (f"tile_{name}", f"row_{name}")
     if name in FLOAT_FORMATS:
-        return Unit(f"matmul_{name}", _FloatMatmul(name).write, exports)
+        return Unit(f"matmul_{name}", FloatMatmul(name).write, exports)
     variant = "".join(f"_{tile}" for tile in tiles or ())
     return Unit(f"matmul_{name}{variant}", _BlockMatmul(name, tiles).write, exports)
-
-
-def _over_tokens(
-    emitter: Emitter, num_tokens: Value, tiles: tuple[int, ...], call: Callable[[int, Value], None]
-) -> None:
-    """Covers `num_tokens` with tiles, largest first: `call(tile, first token)`."""
-    done = emitter.variable(emitter.constant(0))
-    for tile in tiles:
-        with emitter.loop() as leave_if:
-            leave_if(done.get() + tile > num_tokens)
-            call(tile, done.get())
-            done.add(tile)
 
 
 class _BlockMatmul:
@@ -122,7 +110,7 @@ class _BlockMatmul:
                 emitter.call(direct[count], weights, groups, at, *strides(count), to)
 
             with emitter.when(tokens < UNPACK_FROM):
-                _over_tokens(emitter, tokens, direct_tiles, call_direct)
+                emitter.in_tiles(tokens, direct_tiles, call_direct)
             with emitter.when(tokens >= UNPACK_FROM):
                 with emitter.range(0, tokens) as token:
                     zero = emitter.constant(0.0, vector(F32, ROWS))
@@ -138,7 +126,7 @@ class _BlockMatmul:
                         to = sums + first * 64
                         emitter.call(panel[size], scratch, count, at, *strides(size), to)
 
-                    _over_tokens(emitter, tokens, tiles, call_panel)
+                    emitter.in_tiles(tokens, tiles, call_panel)
 
         def row(weights: Value, columns: Value, lane: Value, out: Value, scratch: Value) -> None:
             part, within = lane // self.lanes, lane % self.lanes
@@ -358,77 +346,3 @@ class _BlockMatmul:
         if self.parts == 1:
             for total, to in zip(sums, places[0], strict=True):
                 emitter.store(to, total.get())
-
-
-class _FloatMatmul:
-    """Writes the unit of a float format: float32 activations, one fused multiply-add a column, in
-    order.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def write(self, emitter: Emitter) -> None:
-        tiles = tuple(tile for tile in emitter.target.token_tiles if tile <= 8)
-        functions = {
-            tile: emitter.function(
-                f"float_{tile}",
-                5,
-                lambda *a, tile=tile: self._tile(emitter, tile, *a),
-                exported=False,
-            )
-            for tile in tiles
-        }
-
-        def tile(
-            weights: Value,
-            columns: Value,
-            x: Value,
-            stride: Value,
-            tokens: Value,
-            sums: Value,
-            _: Value,
-        ) -> None:
-            def call(count: int, first: Value) -> None:
-                at = x + first * stride
-                emitter.call(functions[count], weights, columns, at, stride, sums + first * 64)
-
-            _over_tokens(emitter, tokens, tiles, call)
-
-        def row(weights: Value, columns: Value, lane: Value, out: Value, _: Value) -> None:
-            size = FLOAT_FORMATS[self.name]
-            with emitter.range(0, columns) as column:
-                at = weights + (column * ROWS + lane) * size
-                emitter.store(out + column * 4, load_floats(emitter, self.name, at, 1))
-
-        emitter.function(f"tile_{self.name}", 7, tile)
-        emitter.function(f"row_{self.name}", 5, row)
-
-    def _tile(
-        self,
-        emitter: Emitter,
-        tokens: int,
-        weights: Value,
-        columns: Value,
-        x: Value,
-        stride: Value,
-        out: Value,
-    ) -> None:
-        lanes, size = emitter.target.lanes, FLOAT_FORMATS[self.name]
-        parts = ROWS // lanes
-        zero = emitter.constant(0.0, vector(F32, lanes))
-        sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(parts)]
-        with emitter.range(0, columns) as column:
-            at = weights + column * (ROWS * size)
-            found = [
-                load_floats(emitter, self.name, at + part * lanes * size, lanes)
-                for part in range(parts)
-            ]
-            for i in range(tokens):
-                value = emitter.broadcast(x + stride * i + column * 4, F32, lanes)
-                for part in range(parts):
-                    total = sums[part][i]
-                    total.set(emitter.fma(found[part], value, total.get()))
-        for part in range(parts):
-            for i in range(tokens):
-                emitter.store(out + i * 64 + part * lanes * 4, sums[part][i].get())

@@ -23,7 +23,7 @@ from cyclewise.machine.kernels.lang import I8, I16, I32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import load_int32
 
 SOURCE_BLOCK = {
-    "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2),
+    "F32": (1, 4), "F16": (1, 2), "BF16": (2, 4),
     "Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20),
     "Q5_0": (32, 22), "Q5_1": (32, 24), "Q2_K": (256, 84), "Q3_K": (256, 110),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
@@ -278,10 +278,14 @@ def pack_unit(name: str) -> Unit:
                         to = out + tile * stride + block * block_bytes
                         from_ = at + block * bytes_of_block
                         if name in FLOAT_FORMATS:
-                            element = I32 if name == "F32" else I16
+                            element = I16 if name == "F16" else I32
                             _copy(emitter, from_, to + lane * bytes_of_block, element)
                         else:
                             _BLOCKS[name](emitter, from_, to, lane)
+                    if name == "BF16":
+                        with emitter.when((columns & 1).differs(0)):
+                            to = out + tile * stride + blocks * block_bytes + lane * 4
+                            _copy(emitter, at + blocks * bytes_of_block, to, I16)
 
         emitter.function(f"pack_{name}", 9, pack)
 
