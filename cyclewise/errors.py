@@ -7,6 +7,7 @@
     ├── DownloadError           a model could not be fetched: no network, not there, not allowed
     ├── TemplateError           a chat template failed, ran too long or wrote too much
     ├── InvalidParameterError   a parameter is out of its range or unknown
+    │   └── UnsupportedSchemaError  a JSON schema uses a keyword that cannot be followed
     ├── ContextLengthError      the tokens do not fit into the context
     ├── CacheError              the cache cannot be written or is full
     ├── PeerError               a program to compare with is missing or failed
@@ -45,6 +46,15 @@ class TemplateError(CyclewiseError):
 
 class InvalidParameterError(CyclewiseError):
     """A parameter is unknown or out of its range."""
+
+
+class UnsupportedSchemaError(InvalidParameterError):
+    """A JSON schema uses a keyword that cannot be followed."""
+
+    def __init__(self, keyword: str, reason: str) -> None:
+        super().__init__(f"json_schema uses `{keyword}`, which cannot be followed here: {reason}")
+        self.keyword = keyword
+        self.reason = reason
 
 
 class ContextLengthError(CyclewiseError):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cyclewise.models import Model
     from cyclewise.text.answer import Answer
     from cyclewise.text.chat import ChatTemplate
+    from cyclewise.text.structure import Structure, Structures
     from cyclewise.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "stop_string", "length"]
@@ -145,6 +146,8 @@ class LLM:
         self._speculation = Speculation(drafting)
         self._sequence = self.engine.new_sequence()
         self._template: ChatTemplate | None = None
+        self._structures: Structures | None = None
+        self._structures_lock = threading.Lock()
         self._queue = threading.Lock()
         self._owner: int | None = None  # the thread that generates, or last advanced the stream
         self._closed = False
@@ -259,6 +262,8 @@ class LLM:
     def _close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._structures is not None:
+                self._structures.close()
             self.model.close()
             if self._draft is not None:
                 self._draft.close()
@@ -293,9 +298,22 @@ class LLM:
                 f"the prompt has {len(prompt_ids)} tokens and the context holds {self.context}: "
                 f"shorten it, or load the model with a larger `context`"
             )
-        return self._queued(prompt_ids, params)
+        structures = [self._structure(params) for _ in range(params.n)]
+        return self._queued(prompt_ids, params, structures)
 
-    def _queued(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
+    def _structure(self, params: SamplingParams) -> Structure | None:
+        if params.structure is None:
+            return None
+        with self._structures_lock:
+            if self._structures is None:
+                from cyclewise.text.structure import Structures
+
+                self._structures = Structures(self.tokenizer, self.engine.vocab_size)
+            return self._structures.make(params)
+
+    def _queued(
+        self, prompt_ids: list[int], params: SamplingParams, structures: list[Structure | None]
+    ) -> Stream:
         """Wait for the other calls, then generate."""
         # A stream may be advanced by one thread and then another, so the owner is kept up to date.
         if self._owner == threading.get_ident():
@@ -307,7 +325,7 @@ class LLM:
         try:
             self._owner = threading.get_ident()
             self._require_open()
-            for piece in self._generate(prompt_ids, params):
+            for piece in self._generate(prompt_ids, params, structures):
                 if piece.result is not None:
                     break
                 yield piece
@@ -319,19 +337,21 @@ class LLM:
             self._queue.release()
         yield piece  # the last one, when the queue is free again
 
-    def _generate(self, prompt_ids: list[int], params: SamplingParams) -> Stream:
+    def _generate(
+        self, prompt_ids: list[int], params: SamplingParams, structures: list[Structure | None]
+    ) -> Stream:
         from cyclewise.engine.generation import advance
 
         begin = mark = perf_counter()
         sequence = self._sequence
         reused, scores = self._prefill(prompt_ids, params)
-        forks = [self._fork(sequence) for _ in range(params.n - 1)]
+        forks = [sequence.fork() for _ in range(params.n - 1)]
         prefill_seconds = decode_seconds = 0.0  # without the time that the caller keeps a piece
         num_decoded = 0
         speculator = self._speculation.begin(self.speculate and params.n == 1)
         try:
             voices = [
-                self._voice(index, each, prompt_ids, params.of_answer(index))
+                self._voice(index, each, prompt_ids, params.of_answer(index), structures[index])
                 for index, each in enumerate([sequence, *forks])
             ]
             while running := [voice for voice in voices if voice.finish_reason is None]:
@@ -395,13 +415,13 @@ class LLM:
             engine.evaluate(sequence, prompt_ids[reused:-1], "none")
         return reused, None
 
-    def _fork(self, sequence: KVSequence) -> KVSequence:
-        fork = self.engine.new_sequence()
-        self.engine.evaluate(fork, sequence.token_ids, "none")
-        return fork
-
     def _voice(
-        self, index: int, sequence: KVSequence, prompt_ids: list[int], params: SamplingParams
+        self,
+        index: int,
+        sequence: KVSequence,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        structure: Structure | None,
     ) -> _Voice:
         from cyclewise.engine.generation import Generation
         from cyclewise.text.answer import Answer
@@ -412,8 +432,8 @@ class LLM:
         rest = prompt_ids[len(sequence) :]
         return _Voice(
             index,
-            Generation(self.engine, sequence, rest, params, stop_ids),
-            Answer(self.tokenizer.stream(prompt_ids), params.stop),
+            Generation(self.engine, sequence, rest, params, stop_ids, structure),
+            Answer(self.tokenizer.stream(prompt_ids, exact=structure is not None), params.stop),
         )
 
     def _choice(self, voice: _Voice, params: SamplingParams) -> Choice:

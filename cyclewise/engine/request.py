@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_ANSWERS = 128
 MAX_LOGPROBS = 1000
+STRUCTURES = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,10 @@ class SamplingParams:
     stop: Sequence[str] = ()  # text that ends the answer, and is not part of it; kept as a tuple
     stop_token_ids: Sequence[int] = ()  # tokens that end it as well; kept as a tuple
     ignore_eos: bool = False  # go on after the end-of-turn token
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    """A JSON schema that the answer is an instance of; kept as text. {} allows any JSON."""
+    regex: str | None = None  # a regular expression that the whole answer matches
+    grammar: str | None = None  # a Lark grammar that the whole answer follows
     logprobs: int | None = None
     """The log probability of each token, and of so many most likely ones beside it; None: none.
 
@@ -107,6 +112,41 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0, MAX_LOGPROBS, "None is none")
+
+        self._check_structure()
+
+    def _check_structure(self) -> None:
+        schema = self.json_schema
+        if isinstance(schema, Mapping | bool):
+            import json
+
+            try:
+                object.__setattr__(self, "json_schema", json.dumps(schema))
+            except (TypeError, ValueError) as error:
+                raise InvalidParameterError(f"json_schema is no JSON: {error}") from None
+        given = []
+        for name in STRUCTURES:
+            value = getattr(self, name)
+            if value is not None:
+                given.append(name)
+                if not isinstance(value, str):
+                    raise InvalidParameterError(f"{name} must be a string, not {value!r}")
+        if len(given) > 1:
+            raise InvalidParameterError(f"an answer has one structure, not {' and '.join(given)}")
+        if given and self.ignore_eos:
+            raise InvalidParameterError(
+                f"ignore_eos would go on after the end of what {given[0]} allows: leave one of "
+                f"them out"
+            )
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """The structure that an answer must have: the parameter's name and its text."""
+        for name in STRUCTURES:
+            text = getattr(self, name)
+            if text is not None:
+                return name, text
+        return None
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise InvalidParameterError if a token id that is named here is none of the model's."""

@@ -38,8 +38,12 @@ class Pieces:
             piece = self._known[token_id] = self._make(token_id)
         return piece
 
+    def all(self) -> list[bytes]:
+        """The bytes of every token, by its id."""
+        return list(map(self.of, range(len(self))))
+
     def _make(self, token_id: int) -> bytes:
-        text, kind = self._tokens[token_id], self._types[token_id]
+        text, kind = self._tokens[token_id], int(self._types[token_id])
         if kind == TokenType.USER_DEFINED:
             return text.encode()
         if kind == TokenType.BYTE:
@@ -53,8 +57,11 @@ class Pieces:
         if self._alphabet is None:
             return text.replace(SPACE, " ").encode()
         alphabet = self._alphabet
-        parts = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in text)
-        return b"".join(parts)
+        try:
+            return bytes([alphabet[c] for c in text])
+        except KeyError:  # a token that is no byte-level text
+            parts = (bytes([alphabet[c]]) if c in alphabet else c.encode() for c in text)
+            return b"".join(parts)
 
 
 class Detokenizer:

@@ -116,6 +116,15 @@ class Tokenizer:
         piece = self._pieces.of(token_id)
         return piece.decode(errors="replace") if piece else self.token_text(token_id)
 
+    def all_bytes(self) -> list[bytes]:
+        """What each token prints, by its id; of one that only a template can write, b"\\xff" and
+        its name, which is no UTF-8.
+        """
+        found = self._pieces.all()
+        for token_id in self._vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN):
+            found[token_id] = b"\xff" + self._vocabulary.tokens[token_id].encode()
+        return found
+
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
@@ -194,11 +203,12 @@ class Tokenizer:
         """Text of `token_ids`, without control tokens; bytes that are no UTF-8 become U+FFFD."""
         return decode(self._pieces, token_ids)
 
-    def stream(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def stream(self, prompt_ids: Sequence[int] = (), *, exact: bool = False) -> Detokenizer:
         """A detokenizer for the tokens that follow `prompt_ids`.
 
         Where the prompt ends in text, the stream goes on with it: a leading space stays. Where
-        there is no prompt, or it ends in a control token, the stream begins a text.
+        there is no prompt, or it ends in a control token, the stream begins a text, unless
+        `exact` asks for just what the tokens print.
         """
-        continues = bool(prompt_ids) and self._pieces.of(prompt_ids[-1]) != b""
+        continues = exact or (bool(prompt_ids) and self._pieces.of(prompt_ids[-1]) != b"")
         return Detokenizer(self._pieces, continues=continues)

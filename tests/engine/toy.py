@@ -143,10 +143,13 @@ class ToyTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
+    def all_bytes(self) -> list[bytes]:
+        return [bytes([i]) if i < 256 else b"\xff<%d>" % i for i in range(self.vocab_size)]
+
     def show(self, token_id: int) -> str:
         return bytes([token_id]).decode(errors="replace") if token_id < 256 else f"<{token_id}>"
 
-    def stream(self, prompt_ids: list[int]) -> ToyDetokenizer:
+    def stream(self, prompt_ids: list[int], *, exact: bool = False) -> ToyDetokenizer:
         assert prompt_ids
         return ToyDetokenizer()
 

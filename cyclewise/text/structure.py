@@ -1,0 +1,220 @@
+"""What an answer must spell: a JSON schema, a regular expression or a grammar, token by token.
+
+In: `SamplingParams` and a tokenizer. Out: a `Structure` for each generation, which says before
+each token which ones may come next. The grammars are followed by `llguidance` (the extra
+`structured`), which is imported when the first structure is asked for; `json_schema.py` prepares
+schemas for it. The end of the text is allowed where the structure is complete, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cyclewise.errors import CyclewiseError, InvalidParameterError, UnsupportedSchemaError
+from cyclewise.text.json_schema import KNOWN, NOTHING, prepare, without
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from cyclewise.engine.request import SamplingParams
+    from cyclewise.text.tokenizer import Tokenizer
+
+_LONGEST = 1 << 20  # characters of a schema, expression or grammar
+_FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
+_ESCAPES = 'nrbtf\\"'  # what may follow a backslash
+_CONTROLS = re.compile(r"\\u00[01][0-9a-f]|\x7f")  # in JSON text: characters that need a \u
+_HOPELESS = re.compile(r"Unsatisfiable schema(?s:.*)#/\$defs/(\w+)")
+_WHITE_SPACE = r"[ \n\r\t]{1,40}"
+"""Where JSON may have white space; bounded, since a model may love it too well."""
+
+
+class Structures:
+    """Makes structures for one model's vocabulary; keeps what the last one was compiled to."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """Read the vocabulary, which takes up to a second for a large one.
+
+        vocab_size  the number of logits of a token, which may be more than there are tokens
+
+        Raises CyclewiseError if `llguidance` is missing, or the model has no token that ends a
+        text.
+        """
+        if not tokenizer.stop_ids:
+            raise CyclewiseError(
+                "this model has no token that ends a text, so it cannot end a structure"
+            )
+        self._library = _library()
+        self._vocab_size = vocab_size
+        self._tokens = self._library.LLTokenizer(
+            _Tokens(tokenizer),
+            n_vocab=vocab_size,
+            eos_token=sorted(tokenizer.stop_ids),
+            slices=self._library.LLTokenizer.json_slices(),
+        )
+        self._compiled: tuple[tuple[str, str] | None, Any] = (None, None)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structure")
+
+    def make(self, params: SamplingParams) -> Structure | None:
+        """The structure that the parameters ask for, at its beginning; None if they ask for none.
+
+        Raises InvalidParameterError if it is malformed, needs what is not supported, allows nothing
+        or is too large.
+        """
+        asked = params.structure
+        if asked is None:
+            return None
+        if self._compiled[0] != asked:
+            self._compiled = (asked, self.compile(*asked))
+        return Structure(self._compiled[1].deep_copy(), self._vocab_size, self._worker)
+
+    def close(self) -> None:
+        """End the thread that works out what is allowed."""
+        self._worker.shutdown()
+
+    def compile(self, kind: str, text: str) -> Any:
+        if len(text) > _LONGEST:
+            raise InvalidParameterError(
+                f"{kind} has {len(text)} characters, and {_LONGEST} are the most"
+            )
+        if kind == "json_schema":
+            return self._compile_schema(text)
+        of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
+        matcher = self._matcher(of_text(text))
+        if matcher.is_error():
+            raise InvalidParameterError(f"{kind} cannot be followed: {_sentence(matcher)}")
+        return matcher
+
+    def _compile_schema(self, text: str) -> Any:
+        expand_one_of = False
+        schema = prepare(text)
+        while True:
+            matcher = self._matcher(self._of_schema(schema))
+            if not matcher.is_error():
+                return matcher
+            error = str(matcher.get_error())
+            hopeless = _HOPELESS.search(error)
+            if hopeless and hopeless[1] in schema["$defs"]:
+                # of a reference to what nothing satisfies, the library makes nothing of the whole
+                schema = without(schema, f"#/$defs/{hopeless[1]}")
+                schema["$defs"] = {k: v for k, v in schema["$defs"].items() if k != hopeless[1]}
+            elif error.startswith("Unsatisfiable"):
+                raise InvalidParameterError(NOTHING)
+            elif "oneOf" in error and not expand_one_of:
+                expand_one_of = True
+                schema = prepare(text, expand_one_of=True)
+            else:
+                raise UnsupportedSchemaError(_blamed(error), _sentence(matcher))
+
+    def _of_schema(self, schema: dict[str, Any]) -> str:
+        text = json.dumps(schema)
+        escapes = _ESCAPES
+        if _CONTROLS.search(text):
+            # with \u a name that is not listed could be one that is, in disguise
+            if '"properties"' in text or '"patternProperties"' in text:
+                raise UnsupportedSchemaError("properties", "beside strings with control characters")
+            escapes += "u"
+        options = {"whitespace_pattern": _WHITE_SPACE, "json_allowed_escapes": escapes}
+        grammar: str = self._library.LLMatcher.grammar_from_json_schema(text, overrides=options)
+        return grammar
+
+    def _matcher(self, grammar: str) -> Any:
+        limits = self._library.LLParserLimits(verbose_errors=False)
+        return self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+
+
+class Structure:
+    """One text in the making. What may come next is found out on a thread of its own, for which
+    the library lets go of Python's lock: while the machine runs a step, that is.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, worker: ThreadPoolExecutor) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._worker = worker
+        self._bits = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self._next: Future[npt.NDArray[np.bool_]] = worker.submit(self._find)
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """(vocab_size,): which tokens may come next.
+
+        Raises CyclewiseError if the structure has grown too complex to be followed.
+        """
+        return self._next.result()
+
+    def advance(self, token_id: int) -> bool:
+        """Take note of the token chosen; return whether the text is complete and ends here."""
+        self._next.result()  # nobody else may be at the matcher
+        self._matcher.consume_token(token_id)
+        self._check()
+        if self._matcher.is_stopped():
+            return True
+        self._next = self._worker.submit(self._find)
+        return False
+
+    def _find(self) -> npt.NDArray[np.bool_]:
+        bits = self._bits
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        self._check()
+        # bits of little-endian words are in the order of the bytes
+        packed = bits.astype("<u4", copy=False).view(np.uint8)
+        found = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
+        return found.view(np.bool_)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise CyclewiseError(
+                f"the structure cannot be followed any further: {_sentence(self._matcher)}; "
+                f"make it simpler"
+            )
+
+
+class _Tokens:
+    """The vocabulary, as the library wants to read it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokens = tokenizer.all_bytes()
+        self.eos_token_id = min(tokenizer.stop_ids)
+        self.special_token_ids: list[int] = []
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        whole = text if isinstance(text, str) else text.decode(errors="replace")
+        return self._tokenizer.encode(whole, add_special=False)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise CyclewiseError(
+            "json_schema, regex and grammar need the package llguidance, which is not installed: "
+            "pip install 'cyclewise[structured]'"
+        ) from None
+    return llguidance
+
+
+def _blamed(error: str) -> str:
+    """The keyword that the library's message is about."""
+    named = [keyword for keyword in sorted(KNOWN - {"$defs"}) if keyword in error]
+    if "patternProperty" in error:
+        return "patternProperties"
+    if "regex parse" in error:
+        return "pattern"
+    return max(named, key=len, default="$ref")
+
+
+def _sentence(matcher: Any) -> str:
+    """The first line of what the library says, which goes on with its own state, and the error
+    that a regular expression's parser puts below.
+    """
+    lines = str(matcher.get_error()).strip().splitlines() or ["unknown error"]
+    below = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return " ".join([lines[0].rstrip("."), *below])
