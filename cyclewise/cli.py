@@ -203,6 +203,22 @@ def run(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on when the model ends its turn.")
     ] = False,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(
+            "--json-schema",
+            metavar="FILE|JSON",
+            help="The answer is an instance of this schema. '{}': any JSON.",
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option("--regex", metavar="REGEX", help="The whole answer matches it."),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option("--grammar", metavar="FILE", help="The answer follows this Lark grammar."),
+    ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -228,6 +244,8 @@ def run(
       cyclewise run smollm2 --raw --temperature 0 "The capital of France is"
       cyclewise run smollm2 --n 3 --seed 1 "Name a river."
       cyclewise run smollm2 --json --logprobs 5 --max-tokens 1 "Yes or no?"
+      cyclewise run smollm2 --regex "[A-Z][a-z]+" "The capital of France, in a word?"
+      cyclewise run smollm2 --json-schema city.json "Facts about Paris, as JSON."
     """
     params = SamplingParams(
         temperature=temperature,
@@ -245,6 +263,9 @@ def run(
         stop=stop or (),
         stop_token_ids=stop_token_id or (),
         ignore_eos=ignore_eos,
+        json_schema=_read_schema(json_schema),
+        regex=regex,
+        grammar=None if grammar is None else _read_file(grammar, "grammar"),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -275,6 +296,20 @@ def run(
         else:
             result = terminal.show(pieces) if n == 1 else terminal.show_choices(pieces)
             terminal.note(terminal.summary(result, params, llm.context))
+
+
+def _read_schema(given: str | None) -> str | None:
+    """A JSON schema, given as it is or by the name of its file."""
+    if given is None or given.lstrip()[:1] in ("{", "") or given.strip() in ("true", "false"):
+        return given
+    return _read_file(Path(given), "JSON schema")
+
+
+def _read_file(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(f"cannot read the {what} {str(path)!r}: {error}") from None
 
 
 def _read_biases(pairs: list[str]) -> dict[int, float]:
@@ -575,10 +610,7 @@ def perplexity(
     \b
       cyclewise perplexity smollm2 --text wiki.test.raw
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidParameterError(f"cannot read the text {str(text)!r}: {error}") from None
+    content = _read_file(text, "text")
     from cyclewise.bench.perplexity import perplexity as measure
     from cyclewise.bench.report import show_progress
     from cyclewise.llm import LLM

@@ -147,6 +147,25 @@ def test_run_with_logprobs(toy):
     assert [entry and entry["text"] for entry in facts["prompt_logprobs"]] == [None, *"sky?"]
 
 
+def test_run_with_a_structure(toy, tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text('{"enum": ["Rot", "Blau"]}')
+    (tmp_path / "grammar.lark").write_text('start: "so" | "ja"')
+    toy("Blue.", prompt_tokens=3)
+    for options, answers in [
+        (["--json-schema", file.read_text()], ['"Rot"', '"Blau"']),
+        (["--json-schema", str(file)], ['"Rot"', '"Blau"']),
+        (["--regex", "a|b"], ["a", "b"]),
+        (["--grammar", str(tmp_path / "grammar.lark")], ["so", "ja"]),
+    ]:
+        assert call("run", "toy", "xy", *options, *GREEDY).stdout.rstrip("\n") in answers
+        toy("Blue.", prompt_tokens=3)
+    result = call("run", "toy", "xy", "--grammar", "no/such/file")
+    assert result.stderr.startswith("error: cannot read the grammar 'no/such/file'")
+    result = call("run", "toy", "xy", "--json-schema", '{"contains": {}}')
+    assert result.stderr.startswith("error: json_schema uses `contains`")
+
+
 def test_sampling_defaults_are_those_of_the_library(toy, monkeypatch):
     seen = []
     toy()

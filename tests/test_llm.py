@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import re
 import threading
 import time
 
@@ -374,3 +376,43 @@ def test_answers_end_each_by_itself(make):
         c.text
         for c in llm.generate("x", SamplingParams(seed=2, n=6, temperature=1, stop="aaa")).choices
     ] == texts
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_structured_answers(make, temperature):
+    llm = make(context=200, spare_pages=200, max_batch_tokens=64)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [True, None]}, "b": {"type": "array", "maxItems": 2}},
+        "required": ["b", "a"],
+        "additionalProperties": False,
+    }
+    params = SamplingParams(temperature=temperature, seed=3, n=3, json_schema=schema)
+    result = llm.generate("abc", params)
+    alone = make(context=200).generate("abc", dataclasses.replace(params, n=1, seed=5))
+    assert result.choices[2].text == alone.text
+    for choice in result.choices:
+        if choice.finish_reason == "stop":
+            assert json.loads(choice.text).keys() == {"a", "b"}
+        else:
+            assert choice.finish_reason == "length"
+    result = llm.generate("abc", dataclasses.replace(params, json_schema=None, regex="[0-9]{3,5} "))
+    assert all(re.fullmatch("[0-9]{3,5} ", choice.text) for choice in result.choices)
+    assert {choice.finish_reason for choice in result.choices} == {"stop"}
+
+
+def test_a_structure_that_cannot_be_followed(make):
+    llm = make(context=200)
+    with pytest.raises(InvalidParameterError, match="`uniqueItems`"):
+        llm.stream("abc", SamplingParams(json_schema={"uniqueItems": True}))
+    assert llm.generate("abc", SamplingParams(seed=1, regex="x{9}")).text == "x" * 9
+
+
+def test_guesses_within_a_structure(make):
+    llm = make(context=200, max_batch_tokens=64, logits=lambda _: np.zeros(260, dtype=np.float32))
+    params = SamplingParams(temperature=0, regex="(one two three ){5}")
+    result = llm.generate("one two three one two three ", params)
+    assert result.text == "one two three " * 5
+    plain = make(context=200, logits=lambda _: np.zeros(260, dtype=np.float32))
+    plain.speculate = False
+    assert plain.generate("one two three one two three ", params).token_ids == result.token_ids

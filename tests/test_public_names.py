@@ -69,6 +69,9 @@ def test_fields():
         "stop",
         "stop_token_ids",
         "ignore_eos",
+        "json_schema",
+        "regex",
+        "grammar",
         "logprobs",
         "prompt_logprobs",
     ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cyclewise.errors import CyclewiseError, InvalidParameterError, UnsupportedSchemaError
-from cyclewise.text.json_schema import KNOWN, NOTHING, prepare, without
+from cyclewise.text.json_schema import NOTHING, prepare, without
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -29,6 +29,15 @@ _FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
 _ESCAPES = 'nrbtf\\"'  # what may follow a backslash
 _CONTROLS = re.compile(r"\\u00[01][0-9a-f]|\x7f")  # in JSON text: characters that need a \u
 _HOPELESS = re.compile(r"Unsatisfiable schema(?s:.*)#/\$defs/(\w+)")
+_SIGNS = {
+    "oneOf": "oneOf",
+    "patternProperty": "patternProperties",
+    "regex parse": "pattern",
+    "multipleOf": "multipleOf",
+    "min/maxProperties": "maxProperties",
+    "circular references": "$ref",
+}
+"""What the library's messages about keywords have in them."""
 _WHITE_SPACE = r"[ \n\r\t]{1,40}"
 """Where JSON may have white space; bounded, since a model may love it too well."""
 
@@ -51,8 +60,7 @@ class Structures:
         self._library = _library()
         self._vocab_size = vocab_size
         self._tokens = self._library.LLTokenizer(
-            _Tokens(tokenizer),
-            n_vocab=vocab_size,
+            _Tokens(tokenizer, vocab_size),
             eos_token=sorted(tokenizer.stop_ids),
             slices=self._library.LLTokenizer.json_slices(),
         )
@@ -82,11 +90,18 @@ class Structures:
                 f"{kind} has {len(text)} characters, and {_LONGEST} are the most"
             )
         if kind == "json_schema":
-            return self._compile_schema(text)
-        of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
-        matcher = self._matcher(of_text(text))
+            matcher = self._compile_schema(text)
+        else:
+            of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
+            matcher = self._matcher(of_text(text))
         if matcher.is_error():
-            raise InvalidParameterError(f"{kind} cannot be followed: {_sentence(matcher)}")
+            raise _refusal(kind, matcher)
+        trial = matcher.deep_copy()
+        begins = any(trial.compute_bitmask())
+        if "NoExtension" in str(trial.get_error()) or not (begins or trial.is_error()):
+            raise InvalidParameterError(f"{kind} allows nothing: no text satisfies it")
+        if trial.is_error():
+            raise _refusal(kind, trial)
         return matcher
 
     def _compile_schema(self, text: str) -> Any:
@@ -108,7 +123,10 @@ class Structures:
                 expand_one_of = True
                 schema = prepare(text, expand_one_of=True)
             else:
-                raise UnsupportedSchemaError(_blamed(error), _sentence(matcher))
+                keyword = _blamed(error)
+                if keyword is not None:
+                    raise UnsupportedSchemaError(keyword, _sentence(matcher))
+                raise _refusal("json_schema", matcher)
 
     def _of_schema(self, schema: dict[str, Any]) -> str:
         text = json.dumps(schema)
@@ -179,15 +197,48 @@ class _Tokens:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokens = tokenizer.all_bytes()
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        named = tokenizer.all_bytes()
+        self.tokens = [*named, *([b""] * (vocab_size - len(named)))]  # what is empty never comes
         self.eos_token_id = min(tokenizer.stop_ids)
         self.special_token_ids: list[int] = []
+        self._ids: dict[bytes, int] = {}
+        self._longest = 0
         self._tokenizer = tokenizer
 
     def __call__(self, text: str | bytes) -> list[int]:
-        whole = text if isinstance(text, str) else text.decode(errors="replace")
-        return self._tokenizer.encode(whole, add_special=False)
+        """Tokens that print a text and nothing else; the tokenizer's own wherever they do.
+
+        A tokenizer may put a space before a text, but not behind a new line.
+        """
+        wanted = text.encode() if isinstance(text, str) else text
+        decoded = wanted.decode(errors="replace")
+        for before in ("", "\n"):
+            token_ids = self._tokenizer.encode(before + decoded, add_special=False)
+            printed = b""
+            place = 0
+            while before and place < len(token_ids) and printed.lstrip(b" ") != b"\n":
+                printed += self.tokens[token_ids[place]]
+                place += 1
+            if b"".join(self.tokens[i] for i in token_ids[place:]) == wanted:
+                return token_ids[place:]
+        return self._spell(wanted)
+
+    def _spell(self, text: bytes) -> list[int]:
+        """The longest token at each place."""
+        if not self._ids:
+            self._ids = {piece: i for i, piece in enumerate(self.tokens) if piece}
+            self._longest = max(map(len, self._ids))
+        token_ids: list[int] = []
+        place = 0
+        while place < len(text):
+            ends = range(min(len(text), place + self._longest), place, -1)
+            found = next((end for end in ends if text[place:end] in self._ids), None)
+            if found is None:  # a byte without a token
+                break
+            token_ids.append(self._ids[text[place:found]])
+            place = found
+        return token_ids
 
 
 def _library() -> Any:
@@ -201,14 +252,13 @@ def _library() -> Any:
     return llguidance
 
 
-def _blamed(error: str) -> str:
-    """The keyword that the library's message is about."""
-    named = [keyword for keyword in sorted(KNOWN - {"$defs"}) if keyword in error]
-    if "patternProperty" in error:
-        return "patternProperties"
-    if "regex parse" in error:
-        return "pattern"
-    return max(named, key=len, default="$ref")
+def _blamed(error: str) -> str | None:
+    """The keyword that the library's message about a schema is about."""
+    return next((keyword for sign, keyword in _SIGNS.items() if sign in error), None)
+
+
+def _refusal(kind: str, matcher: Any) -> InvalidParameterError:
+    return InvalidParameterError(f"{kind} cannot be followed: {_sentence(matcher)}")
 
 
 def _sentence(matcher: Any) -> str:
