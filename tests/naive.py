@@ -38,6 +38,8 @@ class Blocks:
     minimum: Floats | None = None  # (rows, groups)
     sub_scales: Integers | None = None  # (rows, groups, 2): one for each half of a group
     sub_minima: Integers | None = None  # (rows, groups, 2)
+    centre: int = 0
+    """What products take off the codes; the minimum makes up for it."""
 
     def values(self) -> Floats:
         """float32 (rows, columns)."""
@@ -76,7 +78,8 @@ def _q5_0(block: Bytes) -> Blocks:
 
 
 def _q5_1(block: Bytes) -> Blocks:
-    return Blocks(_five_bits(block[..., 4:]), _half(block[..., :2]), _half(block[..., 2:4]))
+    scale, minimum = _half(block[..., :2]), _half(block[..., 2:4])
+    return Blocks(_five_bits(block[..., 4:]), scale, minimum, centre=16)
 
 
 def _five_bits(data: Bytes) -> Integers:
@@ -135,7 +138,8 @@ def _q4_k(block: Bytes) -> Blocks:
 def _q5_k(block: Bytes) -> Blocks:
     fifth = block[..., None, 16:48] >> np.arange(8)[:, None] & 1
     blocks = _q4_k(np.delete(block, slice(16, 48), axis=2))
-    return replace(blocks, codes=blocks.codes | fifth.reshape(blocks.codes.shape).astype(int) << 4)
+    codes = blocks.codes | fifth.reshape(blocks.codes.shape).astype(np.int64) << 4
+    return replace(blocks, codes=codes, centre=16)
 
 
 def _with_small_scales(codes: Integers, block: Bytes) -> Blocks:
@@ -339,7 +343,9 @@ def quantize(x: Floats) -> Activations:
 
 def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Floats:
     """(tokens, rows): exact integer dots, then floats, group after group."""
-    products = weights.codes[None] * x.codes[:, None]  # (tokens, rows, groups, 32)
+    products = (weights.codes[None] - weights.centre) * x.codes[
+        :, None
+    ]  # (tokens, rows, groups, 32)
     if weights.sub_scales is None:
         dots = products.sum(axis=3)
     else:
@@ -356,7 +362,8 @@ def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Flo
             total = fma(scale, minima.astype(np.float32), total, fused=fused)
         elif weights.minimum is not None:
             scaled_sum = np.broadcast_to(x.scaled_sum[:, None, group], total.shape)
-            minimum = np.broadcast_to(weights.minimum[None, :, group], total.shape)
+            centred = weights.minimum + weights.scale * np.float32(weights.centre)
+            minimum = np.broadcast_to(centred[None, :, group], total.shape)
             total = fma(minimum, scaled_sum, total, fused=fused)
     return total
 

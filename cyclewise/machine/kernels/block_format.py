@@ -28,9 +28,17 @@ class BlockFormat:
     bits: int
     """Of a code as `codes` gives it; codes of 8 bits are signed."""
     zero_point: int = 0
+    has_own_zero_point = True
+    """Otherwise it is the dot products' alone, whose sums fit for it; `minimum` is that of codes
+    without one, and `centred_minimum` makes up for the difference.
+    """
     has_minimum = False
     has_sub_scales = False
     has_sub_minima = False
+    parts_in_turn = False
+    """Whether one token meets part after part of a group, not step after step of all parts: for
+    formats whose codes come from many words, which would not fit into registers.
+    """
     groups_per_block: int = 1
     prefetch_bytes: int = 2048
     """How far ahead the stream of weights is asked for: the best of those measured."""
@@ -56,6 +64,14 @@ class BlockFormat:
         """
         raise NotImplementedError
 
+    def centred_minimum(self, emitter: Emitter, scale: Value, minimum: Value) -> Value:
+        """The minimum that belongs to codes less the zero point; rounded once, since the product is
+        exact.
+        """
+        if self.has_own_zero_point:
+            return minimum
+        return emitter.fma(scale, emitter.constant(float(self.zero_point), scale.type), minimum)
+
     def sub_scales(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
         """A lane holds two int16, the scales of columns 0..15 (low) and 16..31 of a group."""
         raise NotImplementedError
@@ -73,7 +89,8 @@ def load_words(emitter: Emitter, address: Value, part: int) -> Value:
 def load_halves(emitter: Emitter, address: Value, part: int) -> Value:
     """float16 as float32."""
     lanes = emitter.target.lanes
-    return emitter.half_to_float(emitter.load(address + part * lanes * 2, vector(I16, lanes)))
+    loaded = emitter.load_constant(address + part * lanes * 2, vector(I16, lanes))
+    return emitter.half_to_float(loaded)
 
 
 def load_bytes(emitter: Emitter, address: Value, part: int, how: str = "zext") -> Value:

@@ -81,7 +81,7 @@ class Q5_0(BlockFormat):
 class Q5_1(Q5_0):
     """5 words of codes a row, 16 float16 scales, 16 float16 minima."""
 
-    name, zero_point, has_minimum, block_bytes = "Q5_1", 0, True, 384
+    name, has_own_zero_point, has_minimum, block_bytes = "Q5_1", False, True, 384
 
     def minimum(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
         return load_halves(emitter, block + 352, part)

@@ -274,6 +274,14 @@ class Emitter:
             )
         return Value(self, self.builder.load(self._pointer(address, type_), align=align))
 
+    def load_constant(self, address: Value, type_: ir.Type) -> Value:
+        """A vector that nobody writes while the function runs: it is loaded once, outside of a loop
+        where that can be, and on either side of `keep_order`.
+        """
+        loaded = self.load(address, type_)
+        loaded.value.set_metadata("invariant.load", self.module.add_metadata([]))
+        return loaded
+
     def store(self, address: Value, value: Value, align: int = 1) -> None:
         self.builder.store(value.value, self._pointer(address, value.type), align=align)
 

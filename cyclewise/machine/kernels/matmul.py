@@ -151,7 +151,8 @@ class _BlockMatmul:
         for step in range(STEPS):
             code = emitter.load(codes + self.dot.place(lane, step), vector(I8, 4))
             wide = emitter.cast(code, vector(I32, 4), "sext" if kind.bits == 8 else "zext")
-            value = emitter.cast(wide - kind.zero_point, quad, "sitofp")
+            zero_point = kind.zero_point if kind.has_own_zero_point else 0
+            value = emitter.cast(wide - zero_point, quad, "sitofp")
             if kind.has_sub_scales:
                 many = self.dot.num_factors == 2
                 place = (step // 4) * (width if many else 2)
@@ -217,16 +218,33 @@ class _BlockMatmul:
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
             at = self._tokens(tokens, x, column_group, group_stride, stride)
-            dots = self.dot.group(
-                lambda step, part: kind.codes(emitter, block, index, step, part),
-                self._factors(block, index),
-                at,
-                self.parts,
-                tokens == 1,
+            factors = self._factors(block, index)
+            in_turn = tokens == 1 and kind.parts_in_turn
+            dots = (
+                []
+                if in_turn
+                else self.dot.group(
+                    lambda step, part: kind.codes(emitter, block, index, step, part),
+                    factors,
+                    at,
+                    self.parts,
+                    tokens == 1,
+                )
             )
             for part in range(self.parts):
+                if in_turn:
+                    if part:
+                        emitter.keep_order()
+                    dots += self.dot.group(
+                        lambda step, _, part=part: kind.codes(emitter, block, index, step, part),
+                        factors and (lambda number, _, part=part: factors(number, part)),
+                        at,
+                    )
                 scale = kind.scale(emitter, block, index, part)
-                minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
+                minimum = None
+                if kind.has_minimum:
+                    minimum = kind.minimum(emitter, block, index, part)
+                    minimum = kind.centred_minimum(emitter, scale, minimum)
                 minima = (
                     kind.sub_minima(emitter, block, index, part) if kind.has_sub_minima else None
                 )
@@ -331,7 +349,10 @@ class _BlockMatmul:
             )
             for part in range(self.parts):
                 scale = load(part, self._places["scale"], floats)
-                minimum = load(part, self._places["minimum"], floats) if kind.has_minimum else None
+                minimum = None
+                if kind.has_minimum:
+                    minimum = load(part, self._places["minimum"], floats)
+                    minimum = kind.centred_minimum(emitter, scale, minimum)
                 minima = (
                     load(part, self._places["sub_minima"], words) if kind.has_sub_minima else None
                 )

@@ -30,7 +30,7 @@ class Q2_K(BlockFormat):
     """
 
     name, bits, groups_per_block, block_bytes = "Q2_K", 2, 8, 1344
-    has_sub_scales = has_minimum = has_sub_minima = True
+    has_sub_scales = has_minimum = has_sub_minima = parts_in_turn = True
 
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         word, place = divmod(step, 4)
@@ -60,7 +60,7 @@ class Q3_K(BlockFormat):
     """
 
     name, bits, zero_point, has_sub_scales, groups_per_block = "Q3_K", 3, 4, True, 8
-    block_bytes = 1760
+    block_bytes, parts_in_turn = 1760, True
 
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         at = block + 224 + group * 192
@@ -117,6 +117,7 @@ class Q5_K(Q4_K):
     """Q4_K with 8 groups of 5 words of codes a row."""
 
     name, bits, block_bytes = "Q5_K", 5, 2880
+    zero_point, has_own_zero_point = 16, False
 
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         return five_bits(emitter, block + 320 + group * 320, step, part)
