@@ -17,8 +17,8 @@ from cyclewise.clock.pmu import CACHE_MISSES, CYCLES, EVENTS, INSTRUCTIONS, SOFT
 from cyclewise.errors import ClockError
 from cyclewise.machine.kernels.compiler import Compiler, _compile, assembly, callable_at
 from cyclewise.machine.kernels.lang import I64
-from cyclewise.machine.kernels.probes import IS_X86, pmc_unit
-from cyclewise.machine.kernels.target import make_target
+from cyclewise.machine.kernels.probes import pmc_unit
+from cyclewise.machine.kernels.target import IS_X86, make_target
 
 TASK_CLOCK, PAGE_FAULTS, UNKNOWN = (SOFTWARE, 1), (SOFTWARE, 2), (SOFTWARE, 12345)
 """Events that the kernel counts itself, and one that nobody does."""
