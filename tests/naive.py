@@ -381,8 +381,44 @@ def matmul_floats(weights: Floats, x: Floats, *, fused: bool = True) -> Floats:
     return total
 
 
-def matmul(format_name: str, data: Bytes, x: Floats, *, fused: bool = True) -> Floats:
-    """(tokens, rows) of a file's rows and float32 activations, as a kernel of that format does."""
+def to_bfloat(x: Floats) -> Floats:
+    """float32 rounded to bfloat16, ties to even; subnormals become 0. No infinities or NaNs."""
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return (
+        np.where(bits & 0x7F800000, rounded, bits & 0x80000000).astype(np.uint32).view(np.float32)
+    )
+
+
+def matmul_bfloats(weights: Floats, x: Floats) -> Floats:
+    """(tokens, rows) as VDPBF16PS does: bfloat16 in pairs of columns, the second of a pair first.
+
+    In blocks of 256 columns, in each of which the pairs go to two sums by turns.
+    """
+    weights, x = to_bfloat(weights), to_bfloat(x)
+    total = np.zeros((len(x), len(weights)), np.float32)
+    for first in range(0, weights.shape[1], 256):
+        sums = [np.zeros_like(total), np.zeros_like(total)]
+        last = min(first + 256, weights.shape[1])
+        for pair in range(first, last, 2):
+            which = pair // 2 % 2
+            for column in range(min(pair + 1, last - 1), pair - 1, -1):
+                left = np.broadcast_to(weights[None, :, column], total.shape)
+                right = np.broadcast_to(x[:, None, column], total.shape)
+                sums[which] = fma(left, right, sums[which])
+        total = total + (sums[0] + sums[1])
+    return total
+
+
+def matmul(
+    format_name: str, data: Bytes, x: Floats, *, fused: bool = True, bfloat: bool = False
+) -> Floats:
+    """(tokens, rows) of a file's rows and float32 activations, as a kernel of that format does.
+
+    `bfloat`: as a processor that multiplies bfloat16 does.
+    """
+    if format_name == "BF16" and bfloat:
+        return matmul_bfloats(dequantize(format_name, data), x)
     if is_quantized(format_name):
         return matmul_blocks(decode(format_name, data), quantize(x), fused=fused)
     return matmul_floats(dequantize(format_name, data), x, fused=fused)

@@ -58,15 +58,17 @@ class ExpertMatrices:
     down: tuple[str, Bytes]
 
 
-def gated(expert: ExpertMatrices, x: Floats, *, fused: bool = True) -> Floats:
+def gated(expert: ExpertMatrices, x: Floats, *, fused: bool = True, bfloat: bool = False) -> Floats:
     """silu(gate . x) * (up . x), (tokens, feed-forward)."""
-    gate, up = (naive.matmul(*matrix, x, fused=fused) for matrix in (expert.gate, expert.up))
+    gate, up = (
+        naive.matmul(*matrix, x, fused=fused, bfloat=bfloat) for matrix in (expert.gate, expert.up)
+    )
     return (naive.silu(gate) * up).astype(np.float32)
 
 
 def add_experts(
     onto: Floats, rows: dict[int, Floats], experts: Sequence[ExpertMatrices], routing: Routing,
-    weights: NDArray[np.float32], *, fused: bool = True,
+    weights: NDArray[np.float32], *, fused: bool = True, bfloat: bool = False,
 ) -> Floats:  # fmt: skip
     """onto + the experts' weighed results, expert after expert: `rows` are each expert's gated
     tokens, `weights` (tokens, experts) what the kernel weighs them by.
@@ -74,7 +76,7 @@ def add_experts(
     out = onto.copy()
     for expert, gated_rows in rows.items():
         tokens = routing.tokens_of(expert)
-        result = naive.matmul(*experts[expert].down, gated_rows, fused=fused)
+        result = naive.matmul(*experts[expert].down, gated_rows, fused=fused, bfloat=bfloat)
         factor = np.broadcast_to(weights[tokens, expert][:, None], result.shape)
         out[tokens] = naive.fma(factor, result, out[tokens], fused=fused)
     return out

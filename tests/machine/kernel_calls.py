@@ -33,6 +33,8 @@ GGML_FORMATS = tuple(n for n in BLOCK_FORMATS if FILE_FORMATS[n].ggml_id is not 
 
 FUSED = host_target().name != "plain" or platform.machine().lower() not in ("x86_64", "amd64")
 """Whether fused multiply-adds are fused: the plain x86 target has no instruction for them."""
+EXACTLY = {"fused": FUSED, "bfloat": host_target().has_bf16}
+"""What the twins of matrix kernels must know to give the same bits."""
 
 GUARD = 64
 """Bytes behind a buffer that nobody may write."""

@@ -21,7 +21,7 @@ from cyclewise.machine.kernels.linear import SUMS_BYTES
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from tests import naive, naive_experts
 from tests.machine.kernel_calls import (
-    FUSED,
+    EXACTLY,
     GUARD,
     Thread,
     address,
@@ -279,7 +279,7 @@ def test_the_experts_of_a_batch(formats, tokens):
     found = out[:-GUARD].view(np.float32).reshape(-1, feed_forward)
     for expert, first, number in routed.found_slots:
         gated[expert] = found[first : first + number].copy()
-        each = naive_experts.gated(experts.matrices[expert], inputs[expert], fused=FUSED)
+        each = naive_experts.gated(experts.matrices[expert], inputs[expert], **EXACTLY)
         np.testing.assert_allclose(gated[expert], each, rtol=1e-5, atol=1e-30)
 
     rows, row_bytes = in_rows(formats[2], routed, gated, feed_forward)
@@ -292,7 +292,7 @@ def test_the_experts_of_a_batch(formats, tokens):
     )  # fmt: skip
     run_in_pieces("experts_down", moment, batch, thread, hidden // 16)
     each = naive_experts.add_experts(
-        hidden_rows, gated, experts.matrices, want, routed.weights(), fused=FUSED
+        hidden_rows, gated, experts.matrices, want, routed.weights(), **EXACTLY
     )
     np.testing.assert_array_equal(out, each)
 

@@ -11,7 +11,7 @@ from cyclewise.machine.kernels.linear import SUMS_BYTES, linear_unit
 from cyclewise.machine.kernels.matmul import SCRATCH_BYTES, matmul_unit
 from tests import naive
 from tests.machine.kernel_calls import (
-    FUSED,
+    EXACTLY,
     GUARD,
     Thread,
     activations,
@@ -54,7 +54,7 @@ class Weights:
 
     def sums(self, x):
         """The twin's (tokens, rows), biases added."""
-        sums = naive.matmul(self.format_name, self.data, x, fused=FUSED)
+        sums = naive.matmul(self.format_name, self.data, x, **EXACTLY)
         return sums if self.bias is None else sums + self.bias[: self.rows]
 
 

@@ -10,9 +10,9 @@ from cyclewise.weights.formats import FORMATS as FILE_FORMATS
 from tests import naive
 from tests.machine.kernel_calls import (
     BLOCK_FORMATS,
+    EXACTLY,
     FLOAT_FORMATS,
     FORMATS,
-    FUSED,
     GGML_FORMATS,
     GUARD,
     HALVES,
@@ -32,7 +32,7 @@ TOKENS = sorted({1, 2, 3, 4, 5, 7, 8, UNPACK_FROM - 1, UNPACK_FROM, 11, 12, 13, 
 def check(format_name, data, x, token_counts):
     """The kernel gives the twin's bits, for every number of tokens."""
     tile = pack(format_name, data, x.shape[1])
-    want = naive.matmul(format_name, data, x, fused=FUSED)
+    want = naive.matmul(format_name, data, x, **EXACTLY)
     for count in token_counts:
         got = tile_sums(format_name, tile, x[:count])
         np.testing.assert_array_equal(got[:, : len(data)], want[:count])
@@ -107,6 +107,8 @@ def test_a_product_is_near_what_float64_gives(format_name):
     want = check(format_name, data, x, (6,))
     weights = naive.dequantize(format_name, data).astype(np.float64)
     seen = naive.quantize(x).values() if naive.is_quantized(format_name) else x
+    if format_name == "BF16" and EXACTLY["bfloat"]:
+        seen = naive.to_bfloat(x)
     exact = seen.astype(np.float64) @ weights.T
     size = np.abs(seen) @ np.abs(weights).T
     assert (np.abs(want - exact) <= 1e-5 * size).all()

@@ -132,6 +132,17 @@ def test_what_that_test_would_find(other_targets):
     assert re.search(r"%zmm(1[6-9]|[23]\d)", wide) and "{vex}" not in wide
 
 
+@x86_only
+def test_bfloat16_is_multiplied_where_the_processor_does(other_targets):
+    able = make_target("avx512", "sapphirerapids", "+avx512bf16")
+    assert able.has_bf16 and not make_target("avx512", "cascadelake", "-avx512bf16").has_bf16
+    text = assembly(matmul.matmul_unit("BF16"), able)
+    assert "vdpbf16ps" in text and "vcvtneps2bf16" in text and "vfmadd" not in text
+    for unit, target in (("F16", able), ("BF16", make_target("avx512"))):
+        text = assembly(matmul.matmul_unit(unit), target)
+        assert "vdpbf16ps" not in text and "vfmadd" in text
+
+
 @pytest.mark.parametrize("target", ARM_SETS)
 def test_instructions_of_aarch64(other_targets, target):
     """Compiled for AArch64, wherever this runs: no library is called for what it lacks."""

@@ -7,6 +7,7 @@ import pytest
 
 from cyclewise.engine.engine import Engine
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
+from cyclewise.machine.kernels.target import host_target
 from cyclewise.machine.machine import Chunk
 from cyclewise.models import load_model
 from tests import naive
@@ -106,9 +107,11 @@ def test_logits_of_float_models(runner, name):
     want = twin.logits(ids)
     got = run.logits(ids)
     assert got.shape == want.shape == (70, model.vocab)
-    # Keys and values are float16: now and then one is rounded the other way.
-    assert relative_error(got, want) <= 1e-4
-    assert np.abs(got - want).max() <= 5e-4 * np.abs(want).max()
+    # Keys and values are float16: now and then one is rounded the other way. Where BF16 weights are
+    # multiplied as such, activations are rounded too.
+    bound = 1e-2 if name == "BF16" and host_target().has_bf16 else 1e-4
+    assert relative_error(got, want) <= bound
+    assert np.abs(got - want).max() <= 5 * bound * np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", BLOCK_MODELS)

@@ -20,6 +20,18 @@ from llvmlite import ir
 
 from cyclewise.machine.kernels.target import Target
 
+
+class _BFloat16(ir.HalfType):
+    """LLVM's `bfloat`, which llvmlite does not know."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat16._create_instance()  # as llvmlite makes its own types, of which there is one each
+
 I1 = ir.IntType(1)
 I8 = ir.IntType(8)
 I16 = ir.IntType(16)
@@ -27,6 +39,7 @@ I32 = ir.IntType(32)
 I64 = ir.IntType(64)
 F16 = ir.HalfType()
 F32 = ir.FloatType()
+BF16 = _BFloat16()
 VOID = ir.VoidType()
 
 

@@ -21,6 +21,7 @@ from functools import cache
 
 from llvmlite import ir
 
+from cyclewise.machine.kernels.bfloat_matmul import BfloatMatmul
 from cyclewise.machine.kernels.blocks import (
     BLOCK_FORMATS,
     FLOAT_FORMATS,
@@ -57,7 +58,12 @@ def matmul_unit(name: str, tiles: tuple[int, ...] | None = None) -> Unit:
     """
     exports = (f"tile_{name}", f"row_{name}")
     if name in FLOAT_FORMATS:
-        return Unit(f"matmul_{name}", FloatMatmul(name).write, exports)
+
+        def write(emitter: Emitter) -> None:
+            as_bfloat = name == "BF16" and emitter.target.has_bf16
+            (BfloatMatmul if as_bfloat else FloatMatmul)(name).write(emitter)
+
+        return Unit(f"matmul_{name}", write, exports)
     variant = "".join(f"_{tile}" for tile in tiles or ())
     return Unit(f"matmul_{name}{variant}", _BlockMatmul(name, tiles).write, exports)
 

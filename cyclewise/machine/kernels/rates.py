@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from cyclewise.machine.kernels.compiler import Unit
-from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import BF16, F32, I8, I16, I32, Emitter, Value, vector
 from cyclewise.machine.kernels.layout import HANDOVER, RATE, THREAD, Record
 from cyclewise.machine.kernels.target import Target
 
@@ -25,15 +25,6 @@ UNROLL = 4
 """Instructions of each chain in a turn of the loop."""
 OPERAND_BYTES = (2 + CHAINS) * 64
 """Two operands and the chains' first values, 64 bytes apart."""
-
-
-class _BFloat16(ir.HalfType):
-    """LLVM's `bfloat`, which llvmlite does not know."""
-
-    intrinsic_name = "bf16"
-
-    def __str__(self) -> str:
-        return "bfloat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +63,7 @@ def _vpdpbusd(emitter: Emitter, chain: Value, left: Value, right: Value) -> Valu
 
 
 def _vdpbf16ps(emitter: Emitter, chain: Value, left: Value, right: Value) -> Value:
-    halves = vector(_BFloat16(), 32)
+    halves = vector(BF16, 32)
     pairs = [emitter.bitcast(x, halves) for x in (left, right)]
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
     return emitter.intrinsic(name, chain.type, chain, *pairs)

@@ -41,6 +41,11 @@ class Target:
         return self.name != "plain"
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether it multiplies bfloat16 (VDPBF16PS)."""
+        return self.name == "avx512" and "+avx512bf16" in self.features.split(",")
+
+    @property
     def is_x86(self) -> bool:
         return IS_X86 if self.name == "plain" else self.name in X86_SETS
 
