@@ -7,7 +7,6 @@ alternatives of which each says what it has evaluated, for `unevaluatedPropertie
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,10 +217,8 @@ class Writer:
             pattern = names["pattern"]
         elif keys in ({"const"}, {"enum"}):
             values = names["enum"] if "enum" in names else [names["const"]]
-            known = [re.escape(value) for value in values if isinstance(value, str)]
-            if not known:
-                return {"maxProperties": 0}
-            pattern = f"^({'|'.join(known)})$"
+            known = [value for value in values if isinstance(value, str)]
+            return {"properties": dict.fromkeys(known, True), "additionalProperties": False}
         else:
             raise UnsupportedSchemaError("propertyNames", f"of {' and '.join(sorted(keys))}")
         return {"patternProperties": {pattern: True}, "additionalProperties": False}

@@ -265,6 +265,9 @@ def _sentence(matcher: Any) -> str:
     """The first line of what the library says, which goes on with its own state, and the error
     that a regular expression's parser puts below.
     """
-    lines = str(matcher.get_error()).strip().splitlines() or ["unknown error"]
+    error = str(matcher.get_error()).strip()
+    if "NoExtension" in error:
+        return "nothing can follow what was written"
+    lines = error.splitlines() or ["unknown error"]
     below = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return " ".join([lines[0].rstrip("."), *below])
