@@ -11,29 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from cyclewise.engine.engine import Engine
 from cyclewise.engine.kvcache import Sequence
 from cyclewise.engine.logprobs import Score, score
 from cyclewise.engine.request import SamplingParams
-from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler
+from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler, Structure
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 Ending = Literal["stop", "length"]
-
-
-class Structure(Protocol):
-    """What tokens must spell. It may find out what is allowed while the machine runs a step."""
-
-    def allowed(self) -> npt.NDArray[np.bool_]:
-        """(vocab_size,): which tokens may come next. At least one may."""
-
-    def advance(self, token_id: int) -> bool:
-        """Take note of the token chosen; return whether the text is complete and ends here."""
 
 
 class Generation:
@@ -118,8 +108,7 @@ class Generation:
         token_ids = sequence.token_ids[max(0, first - REPETITION_WINDOW) : first]
         chosen: list[int] = []
         for row, guess in zip(logits, [*self._drafted, None], strict=True):
-            allowed = self._structure.allowed() if self._structure else None
-            token_id = self._sampler.sample(row, token_ids, allowed)
+            token_id = self._sampler.sample(row, token_ids, self._structure)
             if token_id in self._stop_ids:
                 self.finish_reason = "stop"
                 break

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -49,6 +49,19 @@ _FIRST_GUESS = 256  # tokens that nearly always hold the nucleus of top-p
 _BLOCK = 512  # shares summed at once when many tokens take part in the draw
 _STRIDE = 64  # logits of a column, when the greatest are looked for column by column
 _FEW = 8  # of so many tokens, one: so few allowed ones are taken out of the row
+
+
+class Structure(Protocol):
+    """What tokens must spell. It may find out what is allowed while the machine runs a step."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """(vocab_size,): which tokens may come next. At least one may."""
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next; quicker than asking for all."""
+
+    def advance(self, token_id: int) -> bool:
+        """Take note of the token chosen; return whether the text is complete and ends here."""
 
 
 class Sampler:
@@ -72,24 +85,24 @@ class Sampler:
         self,
         logits: npt.NDArray[np.float32],
         token_ids: SequenceOf[int],
-        allowed: npt.NDArray[np.bool_] | None = None,
+        structure: Structure | None = None,
     ) -> int:
         """Choose the next token.
 
         logits     (vocab_size,), not changed
         token_ids  the tokens before it, prompt included; only the last 64 are read
-        allowed    (vocab_size,): which tokens a structure allows, at least one; None: all
+        structure  what says which tokens are allowed; None: all are
 
         Raises CyclewiseError if the logits are not numbers.
         """
         logits = self._adjust(logits, token_ids)
-        if allowed is None:
+        if structure is None:
             token_id = self._choose(logits)
-        elif np.count_nonzero(allowed) * _FEW < len(allowed):
-            few = np.flatnonzero(allowed)
-            token_id = int(few[self._choose(logits[few])])
+        elif self._random is None and structure.allows(best := int(logits.argmax())):
+            token_id = best
+            require_finite(logits[best])
         else:
-            token_id = self._choose(np.where(allowed, logits, np.float32(-np.inf)))
+            token_id = self._choose_allowed(logits, structure.allowed())
         if self._counts is not None:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
         return token_id
@@ -114,6 +127,22 @@ class Sampler:
                 params.frequency_penalty
             )
         return logits
+
+    def _choose_allowed(
+        self, logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_]
+    ) -> int:
+        """The same as of a row in which the others are impossible."""
+        top_k = self.params.top_k
+        if self._random is not None and top_k:
+            # nearly always, enough of the likeliest tokens are allowed, and no others matter
+            likely, _ = greatest(logits, 4 * top_k)
+            few = likely[allowed[likely]]
+            if len(few) >= top_k:
+                return int(few[self._choose(logits[few])])
+        if np.count_nonzero(allowed) * _FEW < len(allowed):
+            few = np.flatnonzero(allowed)
+            return int(few[self._choose(logits[few])])
+        return self._choose(np.where(allowed, logits, np.float32(-np.inf)))
 
     def _choose(self, logits: npt.NDArray[np.float32]) -> int:
         """Steps 5 to 9."""

@@ -78,7 +78,9 @@ class Structures:
             return None
         if self._compiled[0] != asked:
             self._compiled = (asked, self.compile(*asked))
-        return Structure(self._compiled[1].deep_copy(), self._vocab_size, self._worker)
+        matcher = self._compiled[1].deep_copy()
+        greedy = params.temperature == 0
+        return Structure(matcher, self._vocab_size, self._worker, ahead=not greedy)
 
     def close(self) -> None:
         """End the thread that works out what is allowed."""
@@ -146,33 +148,53 @@ class Structures:
 
 
 class Structure:
-    """One text in the making. What may come next is found out on a thread of its own, for which
-    the library lets go of Python's lock: while the machine runs a step, that is.
+    """One text in the making.
+
+    Where tokens are drawn, what may come next is found out on a thread of its own, for which the
+    library lets go of Python's lock: while the machine runs a step, that is. A greedy choice needs
+    it only where the likeliest token is not allowed, which is seldom, and then waits for it.
     """
 
-    def __init__(self, matcher: Any, vocab_size: int, worker: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, matcher: Any, vocab_size: int, worker: ThreadPoolExecutor, *, ahead: bool
+    ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._worker = worker
+        self._ahead = ahead
         self._bits = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
-        self._next: Future[npt.NDArray[np.bool_]] = worker.submit(self._find)
+        self._next: Future[npt.NDArray[np.bool_]] | None = None
+        self._begin()
 
     def allowed(self) -> npt.NDArray[np.bool_]:
         """(vocab_size,): which tokens may come next.
 
         Raises CyclewiseError if the structure has grown too complex to be followed.
         """
-        return self._next.result()
+        return self._find() if self._next is None else self._next.result()
+
+    def allows(self, token_id: int) -> bool:
+        """Whether a token may come next, however else its text could be cut into tokens."""
+        if self._next is not None:
+            return bool(self._next.result()[token_id])
+        allowed: int = self._matcher.validate_tokens([token_id])
+        self._check()
+        return allowed == 1
 
     def advance(self, token_id: int) -> bool:
         """Take note of the token chosen; return whether the text is complete and ends here."""
-        self._next.result()  # nobody else may be at the matcher
+        if self._next is not None:
+            self._next.result()  # nobody else may be at the matcher
         self._matcher.consume_token(token_id)
         self._check()
         if self._matcher.is_stopped():
             return True
-        self._next = self._worker.submit(self._find)
+        self._begin()
         return False
+
+    def _begin(self) -> None:
+        if self._ahead:
+            self._next = self._worker.submit(self._find)
 
     def _find(self) -> npt.NDArray[np.bool_]:
         bits = self._bits

@@ -168,6 +168,17 @@ def test_what_a_bias_rules_in_and_out():
         assert Sampler(SamplingParams(logit_bias=inside, **values)).sample(logits, []) == 7
 
 
+class Allowing:
+    def __init__(self, allowed):
+        self._allowed = allowed
+
+    def allowed(self):
+        return self._allowed
+
+    def allows(self, token_id):
+        return bool(self._allowed[token_id])
+
+
 @pytest.mark.parametrize("count", [1, 30, 600, 900])
 @pytest.mark.parametrize(
     "values", [{"temperature": 0}, {}, {"top_k": 0, "top_p": 1, "min_p": 0}, {"typical_p": 0.9}]
@@ -179,7 +190,7 @@ def test_only_what_a_structure_allows_is_chosen(count, values):
         allowed = np.zeros(1000, dtype=bool)
         allowed[generator.choice(1000, count, replace=False)] = True
         params = SamplingParams(**{"seed": seed, **values})
-        token = Sampler(params).sample(logits, [], allowed)
+        token = Sampler(params).sample(logits, [], Allowing(allowed))
         # the same as of a row in which the others are impossible
         ruled_out = np.where(allowed, logits, np.float32(-np.inf))
         assert token == Sampler(params).sample(ruled_out, [])

@@ -43,6 +43,14 @@ def test_the_end_is_allowed_where_the_text_is_complete_alone(structures):
     assert allowed(structure) == [*b"x", END]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_token_alone_may_be_asked_for(structures, temperature):
+    structure = structures.make(SamplingParams(regex="ab*", temperature=temperature))
+    assert [structure.allows(token) for token in (*b"ab", END)] == [True, False, False]
+    structure.advance(ord("a"))
+    assert [structure.allows(token) for token in (*b"ab", END)] == [False, True, True]
+
+
 def test_each_structure_is_at_its_own_place(structures):
     params = SamplingParams(json_schema={"enum": ["one", "two"]})
     first, second = structures.make(params), structures.make(params)
