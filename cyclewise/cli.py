@@ -244,7 +244,7 @@ def run(
       cyclewise run smollm2 --raw --temperature 0 "The capital of France is"
       cyclewise run smollm2 --n 3 --seed 1 "Name a river."
       cyclewise run smollm2 --json --logprobs 5 --max-tokens 1 "Yes or no?"
-      cyclewise run smollm2 --regex "[A-Z][a-z]+" "The capital of France, in a word?"
+      cyclewise run smollm2 --regex "(Yes|No), because .{20,80}[.]" "Is the sky blue?"
       cyclewise run smollm2 --json-schema city.json "Facts about Paris, as JSON."
     """
     params = SamplingParams(

@@ -55,7 +55,7 @@ def summary(result: Result, params: SamplingParams, context: int) -> str:
     why = {"stop": "the model ended its turn", "stop_string": "a stop string came"}.get(
         result.finish_reason,
         f"--max-tokens {params.max_tokens} reached"
-        if result.generated_tokens == params.max_tokens
+        if len(result.token_ids) == params.max_tokens
         else f"the context of {context} tokens is full",
     )
     reused = f" + {result.reused_tokens} cached" if result.reused_tokens else ""
