@@ -53,6 +53,42 @@ Draft = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token always.")
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest; 0: all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Only the likeliest with this share; 1: all.")
+]
+MinP = Annotated[
+    float,
+    typer.Option("--min-p", metavar="P", help="At least this share of the best; 0: all."),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", metavar="X", help="On the last 64 tokens; 1: none.")
+]
+TypicalP = Annotated[
+    float,
+    typer.Option("--typical-p", metavar="P", help="Only tokens as surprising as is usual; 1: all."),
+]
+PresencePenalty = Annotated[
+    float,
+    typer.Option("--presence-penalty", metavar="X", help="On what was said already; -2 to 2."),
+]
+FrequencyPenalty = Annotated[
+    float,
+    typer.Option("--frequency-penalty", metavar="X", help="The same for each time; -2 to 2."),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="Same seed, same text. Default: random."),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="N", help="Length of the answer; 0: no limit.")
+]
 
 
 def load(model: str, context: int | None, threads: int | None) -> Model:
