@@ -38,8 +38,9 @@ _SIGNS = {
     "circular references": "$ref",
 }
 """What the library's messages about keywords have in them."""
-_WHITE_SPACE = r"[ \n\r\t]{1,40}"
-"""Where JSON may have white space; bounded, since a model may love it too well."""
+_WHITE_SPACE = r"( |\r?\n[ \t]{0,40})"
+"""Where JSON may have white space: a space, or a new line and its indent. Where there may be more,
+small models go on with it."""
 
 
 class Structures:

@@ -225,10 +225,13 @@ def test_names_in_disguise(structures):
 
 
 def test_white_space_is_bounded(structures):
-    matcher = structures.compile("json_schema", '{"type": "array"}')
-    assert accepts(matcher, "[" + " " * 40 + "]")
-    assert not accepts(matcher, "[" + " " * 41 + "]")
-    assert not accepts(matcher, " []")
+    matcher = structures.compile("json_schema", '{"type": ["array", "object"]}')
+    value = {"a": [1, {"b": []}], "c": {}}
+    for layout in ({}, {"indent": 2}, {"indent": "\t"}, {"separators": (",", ":")}):
+        assert accepts(matcher, json.dumps(value, **layout))
+    assert accepts(matcher, "[\r\n" + " " * 40 + "]")
+    for text in ("[\n" + " " * 41 + "]", "[  ]", "[\n\n]", " []", "[] "):
+        assert not accepts(matcher, text)
 
 
 def test_references(structures):
