@@ -12,7 +12,7 @@ same file.
 `wide` writes a Llama of random weights, 2,048 wide with 8 layers, as FOLDER/f16.gguf, and then by
 llama.cpp's quantizer in each format of FORMATS: it needs llama-cpp-python, here or in the
 interpreter that CYCLEWISE_PEERS_PYTHON names. Its tokenizer holds bytes and words of no meaning.
-6.9 GB in all, and some six minutes with two cores.
+6.3 GB in all, and some six minutes with two cores.
 """
 
 from __future__ import annotations

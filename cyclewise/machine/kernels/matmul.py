@@ -1,8 +1,9 @@
 """Matrix kernels: one tile of 16 weight rows times any number of tokens.
 
 `tile_<format>(weights, columns, x, x_stride, num_tokens, sums, scratch)` writes float32
-`sums[token][16]`. Few tokens read the packed weights directly; many tokens unpack them first,
-1,024 columns at a time, into `scratch` (bytes and float32 scales), where they serve every token.
+`sums[token][16]`. One token reads the packed weights directly. For several each group is unpacked
+into `scratch` (bytes and float32 scales) and serves every token before the next one, so that the
+weights stream without a pause; many tokens unpack 1,024 columns at a time.
 Either way a token's sum runs over the groups in order:
 
     sum = fma(scale * x_scale, float(dot), sum);  sum = fma(minimum, x_scaled_sum, sum)
@@ -16,7 +17,7 @@ embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from llvmlite import ir
@@ -41,10 +42,12 @@ from cyclewise.machine.kernels.dot import (
 )
 from cyclewise.machine.kernels.dots import make_dot
 from cyclewise.machine.kernels.float_matmul import FloatMatmul
-from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, Variable, vector
 
-UNPACK_FROM = 9
-"""Tokens from which unpacking pays."""
+UNPACK_FROM = 32
+"""Tokens from which many groups are unpacked before the first is multiplied."""
+FEW_AHEAD = 4096
+"""How far ahead a stream of weights that meet several tokens is asked for, in bytes."""
 PANEL_GROUPS = 32
 """Groups that are unpacked at once: they stay in the first-level cache."""
 SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 5) * 4 * ROWS
@@ -80,13 +83,10 @@ class _BlockMatmul:
         tiles = self.tiles or target.token_tiles
         self.emitter, self.lanes, self.parts = emitter, target.lanes, ROWS // target.lanes
         self.dot = make_dot(emitter, kind)
-        direct_tiles = tuple(tile for tile in target.token_tiles if tile <= 4)
-        direct = {
-            tile: emitter.function(
-                f"direct_{tile}", 6, lambda *a, tile=tile: self._direct(tile, *a), exported=False
-            )
-            for tile in direct_tiles
-        }
+        # Where a tile has two parts, three tokens fit into the registers as well as four.
+        sizes = {*target.token_tiles, *((3,) if self.parts == 2 else ())}
+        self._few_tiles = tuple(sorted((size for size in sizes if size <= 8), reverse=True))
+        direct = emitter.function("direct", 6, self._direct, exported=False)
         panel = {
             tile: emitter.function(
                 f"panel_{tile}", 6, lambda *a, tile=tile: self._panel(tile, *a), exported=False
@@ -94,6 +94,7 @@ class _BlockMatmul:
             for tile in tiles
         }
         unpack = emitter.function("unpack", 3, self._unpack, exported=False)
+        few = emitter.function("few", 6, self._few, exported=False)
 
         def tile(
             weights: Value,
@@ -111,28 +112,26 @@ class _BlockMatmul:
                 stride = layout.quad_stride if count >= QUAD else layout.token_stride
                 return layout.group_stride, stride
 
-            def call_direct(count: int, first: Value) -> None:
-                at, to = layout.token(first), sums + first * 64
-                emitter.call(direct[count], weights, groups, at, *strides(count), to)
+            with emitter.when(tokens.equals(1)):
+                emitter.call(direct, weights, groups, x, *strides(1), sums)
+            with emitter.when(tokens > 1), emitter.range(0, tokens) as token:
+                zero = emitter.constant(0.0, vector(F32, ROWS))
+                emitter.store(sums + token * 64, zero)
+            with emitter.when((tokens > 1) & (tokens < UNPACK_FROM)):
+                emitter.call(few, weights, groups, x, tokens, sums, scratch)
+            large = emitter.when(tokens >= UNPACK_FROM)
+            with large, emitter.range(0, groups, PANEL_GROUPS) as first_group:
+                rest = groups - first_group
+                count = (rest < PANEL_GROUPS).select(rest, emitter.constant(PANEL_GROUPS))
+                block = weights + (first_group // kind.groups_per_block) * kind.block_bytes
+                emitter.call(unpack, block, count, scratch)
 
-            with emitter.when(tokens < UNPACK_FROM):
-                emitter.in_tiles(tokens, direct_tiles, call_direct)
-            with emitter.when(tokens >= UNPACK_FROM):
-                with emitter.range(0, tokens) as token:
-                    zero = emitter.constant(0.0, vector(F32, ROWS))
-                    emitter.store(sums + token * 64, zero)
-                with emitter.range(0, groups, PANEL_GROUPS) as first_group:
-                    rest = groups - first_group
-                    count = (rest < PANEL_GROUPS).select(rest, emitter.constant(PANEL_GROUPS))
-                    block = weights + (first_group // kind.groups_per_block) * kind.block_bytes
-                    emitter.call(unpack, block, count, scratch)
+                def call_panel(size: int, first: Value) -> None:
+                    at = layout.token(first) + first_group * layout.group_stride
+                    to = sums + first * 64
+                    emitter.call(panel[size], scratch, count, at, *strides(size), to)
 
-                    def call_panel(size: int, first: Value) -> None:
-                        at = layout.token(first) + first_group * layout.group_stride
-                        to = sums + first * 64
-                        emitter.call(panel[size], scratch, count, at, *strides(size), to)
-
-                    emitter.in_tiles(tokens, tiles, call_panel)
+                emitter.in_tiles(tokens, tiles, call_panel)
 
         def row(weights: Value, columns: Value, lane: Value, out: Value, scratch: Value) -> None:
             part, within = lane // self.lanes, lane % self.lanes
@@ -142,7 +141,7 @@ class _BlockMatmul:
                     unpack, weights + block * kind.block_bytes, emitter.constant(per_block), scratch
                 )
                 with emitter.range(0, per_block) as group:
-                    codes = scratch + (group * self.parts + part) * self._panel_bytes
+                    codes = scratch + group * self._panel_bytes + part * self._part_bytes
                     to = out + (block * per_block + group) * 128
                     self._row_group(codes, within, to)
 
@@ -215,30 +214,30 @@ class _BlockMatmul:
         return [at + stride * (i // QUAD) + (i % QUAD) * ACTIVATION_GROUP for i in range(tokens)]
 
     def _direct(
-        self, tokens: int, weights: Value, groups: Value, x: Value, group_stride: Value,
-        stride: Value, out: Value,
+        self, weights: Value, groups: Value, x: Value, group_stride: Value, stride: Value,
+        out: Value,
     ) -> None:  # fmt: skip
+        """One token: codes go from the stream into registers."""
         emitter, kind = self.emitter, self.kind
         zero = emitter.constant(0.0, vector(F32, self.lanes))
-        sums = [[emitter.variable(zero) for _ in range(tokens)] for _ in range(self.parts)]
+        sums = [emitter.variable(zero) for _ in range(self.parts)]
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
-            at = self._tokens(tokens, x, column_group, group_stride, stride)
+            at = self._tokens(1, x, column_group, group_stride, stride)
             factors = self._factors(block, index)
-            in_turn = tokens == 1 and kind.parts_in_turn
             dots = (
                 []
-                if in_turn
+                if kind.parts_in_turn
                 else self.dot.group(
                     lambda step, part: kind.codes(emitter, block, index, step, part),
                     factors,
                     at,
                     self.parts,
-                    tokens == 1,
+                    True,
                 )
             )
-            for part in range(self.parts):
-                if in_turn:
+            for part, total in enumerate(sums):
+                if kind.parts_in_turn:
                     if part:
                         emitter.keep_order()
                     dots += self.dot.group(
@@ -254,21 +253,19 @@ class _BlockMatmul:
                 minima = (
                     kind.sub_minima(emitter, block, index, part) if kind.has_sub_minima else None
                 )
-                for total, dot, address in zip(sums[part], dots[part], at, strict=True):
-                    total.set(self._added(total.get(), dot, address, scale, minimum, minima))
+                total.set(self._added(total.get(), dots[part][0], at[0], scale, minimum, minima))
 
-        self._over_groups(weights, groups, group)
-        for part in range(self.parts):
-            for i in range(tokens):
-                emitter.store(out + i * 64 + part * self.lanes * 4, sums[part][i].get())
+        self._over_groups(weights, groups, group, kind.prefetch_bytes)
+        for part, total in enumerate(sums):
+            emitter.store(out + part * self.lanes * 4, total.get())
 
     def _over_groups(
-        self, weights: Value, groups: Value, write: Callable[[Value, Value | int, Value], None]
-    ) -> None:
+        self, weights: Value, groups: Value, write: Callable[[Value, Value | int, Value], None],
+        ahead: int,
+    ) -> None:  # fmt: skip
         emitter, kind = self.emitter, self.kind
         per_block = kind.groups_per_block
         group_bytes = kind.block_bytes // per_block
-        ahead = kind.prefetch_bytes
         with emitter.range(0, groups // per_block) as block:
             address = weights + block * kind.block_bytes
             if per_block == 1:
@@ -299,30 +296,58 @@ class _BlockMatmul:
 
     @property
     def _panel_bytes(self) -> int:
-        """Bytes of one unpacked group."""
+        """Bytes of one unpacked group, its parts side by side."""
+        return self.parts * self._part_bytes
+
+    @property
+    def _part_bytes(self) -> int:
         return (STEPS + len(self._places)) * self.lanes * 4
 
     def _unpack(self, weights: Value, groups: Value, scratch: Value) -> None:
         """Writes group after group, the parts of its rows side by side."""
-        emitter, kind, width = self.emitter, self.kind, self.lanes * 4
+        kind = self.kind
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
-            for part in range(self.parts):
-                to = scratch + (column_group * self.parts + part) * self._panel_bytes
-                codes = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
-                found = self.dot.arranged(codes)
-                found.append(kind.scale(emitter, block, index, part))
-                if kind.has_minimum:
-                    found.append(kind.minimum(emitter, block, index, part))
-                if kind.has_sub_scales:
-                    pairs = kind.sub_scales(emitter, block, index, part)
-                    found += self.dot.factors(pairs)
-                if kind.has_sub_minima:
-                    found.append(kind.sub_minima(emitter, block, index, part))
-                for i, value in enumerate(found):
-                    emitter.store(to + i * width, value)
+            self._unpack_group(block, index, scratch + column_group * self._panel_bytes)
 
-        self._over_groups(weights, groups, group)
+        self._over_groups(weights, groups, group, kind.prefetch_bytes)
+
+    def _unpack_group(self, block: Value, index: Value | int, to: Value) -> None:
+        emitter, kind, width = self.emitter, self.kind, self.lanes * 4
+        for part in range(self.parts):
+            codes = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
+            found = self.dot.arranged(codes)
+            found.append(kind.scale(emitter, block, index, part))
+            if kind.has_minimum:
+                found.append(kind.minimum(emitter, block, index, part))
+            if kind.has_sub_scales:
+                pairs = kind.sub_scales(emitter, block, index, part)
+                found += self.dot.factors(pairs)
+            if kind.has_sub_minima:
+                found.append(kind.sub_minima(emitter, block, index, part))
+            for i, value in enumerate(found):
+                emitter.store(to + part * self._part_bytes + i * width, value)
+
+    def _few(
+        self, weights: Value, groups: Value, x: Value, tokens: Value, sums: Value, scratch: Value
+    ) -> None:
+        """Group after group, each unpacked once for all tokens: the stream never waits for them."""
+        emitter = self.emitter
+        layout = ActivationLayout(emitter, x, groups, tokens)
+
+        def group(block: Value, index: Value | int, column_group: Value) -> None:
+            self._unpack_group(block, index, scratch)
+
+            def call(size: int, first: Value) -> None:
+                stride = layout.quad_stride if size >= QUAD else layout.token_stride
+                x_at = layout.token(first) + column_group * layout.group_stride
+                at = self._tokens(size, x_at, emitter.constant(0), layout.group_stride, stride)
+                to = sums + first * 64
+                self._panel_group(scratch, at, [to + i * 64 for i in range(size)])
+
+            emitter.in_tiles(tokens, self._few_tiles, call)
+
+        self._over_groups(weights, groups, group, FEW_AHEAD)
 
     def _panel(
         self, tokens: int, codes: Value, groups: Value, x: Value, group_stride: Value,
@@ -331,45 +356,47 @@ class _BlockMatmul:
         """Where a tile has several parts, registers hold int16 sums of all of them, and the
         float32 sums stay in memory.
         """
+        emitter, floats = self.emitter, vector(F32, self.lanes)
+        places = [out + i * 64 for i in range(tokens)]
+        in_registers = self.parts == 1
+        sums = [emitter.variable(emitter.load(to, floats)) for to in places if in_registers]
+        with emitter.range(0, groups) as group:
+            at = self._tokens(tokens, x, group, group_stride, stride)
+            self._panel_group(codes + group * self._panel_bytes, at, places, sums)
+        for total, to in zip(sums, places, strict=False):
+            emitter.store(to, total.get())
+
+    def _panel_group(
+        self, codes: Value, at: list[Value], places: list[Value], sums: Sequence[Variable] = ()
+    ) -> None:
+        """An unpacked group times tokens, onto their sums: those in registers, or in memory."""
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
         floats, words = vector(F32, self.lanes), vector(I32, self.lanes)
-        places = [
-            [out + i * 64 + part * width for i in range(tokens)] for part in range(self.parts)
-        ]
-        sums = [emitter.variable(emitter.load(to, floats)) for to in places[0]]
-        with emitter.range(0, groups) as group:
-            base = codes + group * (self.parts * self._panel_bytes)
-            at = self._tokens(tokens, x, group, group_stride, stride)
 
-            def load(part: int, index: int, type_: ir.Type) -> Value:
-                return emitter.load(base + part * self._panel_bytes + index * width, type_)
+        def load(part: int, index: int, type_: ir.Type) -> Value:
+            return emitter.load(codes + part * self._part_bytes + index * width, type_)
 
-            def factor(number: int, part: int) -> Value:
-                return load(part, self._places[f"factor {number}"], words)
+        def factor(number: int, part: int) -> Value:
+            return load(part, self._places[f"factor {number}"], words)
 
-            dots = self.dot.unpacked_group(
-                lambda step, part: load(part, step, words),
-                factor if kind.has_sub_scales else None,
-                at,
-                self.parts,
-            )
-            for part in range(self.parts):
-                scale = load(part, self._places["scale"], floats)
-                minimum = None
-                if kind.has_minimum:
-                    minimum = load(part, self._places["minimum"], floats)
-                    minimum = kind.centred_minimum(emitter, scale, minimum)
-                minima = (
-                    load(part, self._places["sub_minima"], words) if kind.has_sub_minima else None
-                )
-                for i in range(tokens):
-                    in_register = self.parts == 1
-                    total = sums[i].get() if in_register else emitter.load(places[part][i], floats)
-                    value = self._added(total, dots[part][i], at[i], scale, minimum, minima)
-                    if in_register:
-                        sums[i].set(value)
-                    else:
-                        emitter.store(places[part][i], value)
-        if self.parts == 1:
-            for total, to in zip(sums, places[0], strict=True):
-                emitter.store(to, total.get())
+        dots = self.dot.unpacked_group(
+            lambda step, part: load(part, step, words),
+            factor if kind.has_sub_scales else None,
+            at,
+            self.parts,
+        )
+        for part in range(self.parts):
+            scale = load(part, self._places["scale"], floats)
+            minimum = None
+            if kind.has_minimum:
+                minimum = load(part, self._places["minimum"], floats)
+                minimum = kind.centred_minimum(emitter, scale, minimum)
+            minima = load(part, self._places["sub_minima"], words) if kind.has_sub_minima else None
+            for i, place in enumerate(places):
+                to = place + part * width
+                total = sums[i].get() if sums else emitter.load(to, floats)
+                value = self._added(total, dots[part][i], at[i], scale, minimum, minima)
+                if sums:
+                    sums[i].set(value)
+                else:
+                    emitter.store(to, value)
