@@ -24,7 +24,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/cyclewise bench smollm2
+	$(BIN)/python benchmarks/formats.py
 
 docs-figures: $(READY)
 	$(BIN)/python benchmarks/docs_figures.py
