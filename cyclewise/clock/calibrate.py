@@ -34,7 +34,7 @@ from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import Sampler
 from cyclewise.machine.kernels.blocks import GROUP, ROWS
 from cyclewise.machine.kernels.compiler import host_compiler
-from cyclewise.machine.kernels.layout import PAGE_TOKENS, QUERY_BLOCK
+from cyclewise.machine.kernels.layout import PAGE_TOKENS, QUERY_BLOCK, SPLIT
 from cyclewise.machine.machine import Chunk, Machine
 from cyclewise.machine.profile import MachineProfile, save_profile
 from cyclewise.machine.program import Program
@@ -346,6 +346,16 @@ def attention_features(
     return np.array(rows, np.float64)
 
 
+def attention_tiles(batch: Sequence[tuple[int, int]], num_kv_heads: int) -> int:
+    """Parts that threads can share: splits of the keys of each block, and key-value heads."""
+    ends = (
+        position + min(first + QUERY_BLOCK, count)
+        for count, position in batch
+        for first in range(0, count, QUERY_BLOCK)
+    )
+    return num_kv_heads * sum(-(-end // SPLIT) for end in ends)
+
+
 def _attention_costs(program: Program, num_threads: int) -> list[float]:
     """Seconds of a thread for each of the features, and of a moment beyond its work."""
     bench = Bench(program, num_threads)
@@ -360,7 +370,7 @@ def _attention_costs(program: Program, num_threads: int) -> list[float]:
                 features = attention_features(
                     batch, SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
                 )
-                tiles = SHAPE.num_kv_heads * len(features)
+                tiles = attention_tiles(batch, SHAPE.num_kv_heads)
                 rows.append(features.sum(axis=0) * SHAPE.num_kv_heads)
                 works.append(step.work["attend"])
                 share = -(-tiles // num_threads) / tiles

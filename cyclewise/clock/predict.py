@@ -19,6 +19,7 @@ from cyclewise.clock.calibrate import (
     MOST_COLD,
     Costs,
     attention_features,
+    attention_tiles,
     kind_of,
 )
 from cyclewise.clock.run import Settings
@@ -167,7 +168,7 @@ class Predictor:
         blocks = attention_features(
             shape.chunks, view.num_heads, view.num_kv_heads, view.head_dim, window
         )
-        tiles = len(blocks) * view.num_kv_heads
+        tiles = attention_tiles(shape.chunks, view.num_kv_heads)
         work = float((blocks @ np.array(features)).sum()) * view.num_kv_heads
         seconds = float(gap + work * -(-tiles // self._num_threads) / tiles)
         key_bytes = 2 * 2 * view.num_kv_heads * view.head_dim

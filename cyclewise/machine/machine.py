@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.host import available_cpus
+from cyclewise.machine.kernels.attention import partial_bytes
 from cyclewise.machine.kernels.compiler import host_compiler
 from cyclewise.machine.kernels.layout import (
     BATCH,
+    LINE,
     PAGE_TOKENS,
     QUERY_BLOCK,
+    QUERY_BLOCK_FIELDS,
     SCHEDULE,
+    SPLIT,
     THREAD,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
@@ -44,6 +48,10 @@ CLAIMS_PER_THREAD = 8
 """Into how many claims a thread's share of a moment is cut at least, where it has the tiles."""
 CLAIM_BYTES = 1 << 17
 """Most bytes of weights, times tokens, of a claim: others may have to wait for it."""
+PARTS_PER_THREAD = 16
+"""Into how many parts a thread's share of attention is cut at least, where the keys suffice."""
+PARTIALS_BYTES = 1 << 26
+"""What parts of attention leave for the one that comes last, at most."""
 MAX_SCHEDULES = 64
 """Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28
@@ -111,7 +119,9 @@ class Machine:
         self._positions = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._slots = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._logit_rows = np.zeros(MAX_BATCH_TOKENS, np.int32)
-        self._blocks = np.zeros((MAX_BATCH_TOKENS, 4), np.int64)
+        self._blocks = np.zeros((2 * MAX_BATCH_TOKENS, len(QUERY_BLOCK_FIELDS)), np.int64)
+        self._partials = allocate(PARTIALS_BYTES)
+        self._counters = allocate(MAX_BATCH_TOKENS * program.cache.heads.num_kv_heads * LINE)
         self._batch = np.zeros(len(BATCH), np.int64)
         for name, array in (
             ("token_ids", self._token_ids),
@@ -235,8 +245,8 @@ class Machine:
         _require(ascending and all(0 <= row < num_tokens for row in logit_rows), "a row of logits")
 
     def _place(self, chunks: Sequence[Chunk]) -> int:
-        """Writes positions, cache slots and query blocks; returns the number of blocks."""
-        count = 0
+        """Writes positions, cache slots and query blocks; returns the number of blocks' records."""
+        blocks = []
         for chunk in chunks:
             pages = chunk.pages
             if chunk.count == 1:
@@ -254,9 +264,38 @@ class Machine:
             address = pages.ctypes.data
             for first in range(0, chunk.count, QUERY_BLOCK):
                 size = min(QUERY_BLOCK, chunk.count - first)
-                self._blocks[count] = (chunk.start + first, size, chunk.position + first, address)
-                count += 1
-        return count
+                blocks.append((chunk.start + first, size, chunk.position + first, address))
+        records = self._records(blocks)
+        self._blocks[: len(records)] = records
+        return len(records)
+
+    def _records(self, blocks: list[tuple[int, int, int, int]]) -> list[tuple[int, ...]]:
+        """The records of query blocks (layout.QUERY_BLOCK_FIELDS). The splits of a block's keys are
+        cut into parts, records of their own, where it is so much of the batch that a thread would
+        have to wait for it.
+        """
+        heads = self.program.cache.heads
+        splits = [-(-(position + size) // SPLIT) for _, size, position, _ in blocks]
+        work = sum(size * count for (_, size, _, _), count in zip(blocks, splits, strict=True))
+        share = work * heads.num_kv_heads // (PARTS_PER_THREAD * self.num_threads)
+        records: list[tuple[int, ...]] = []
+        spare, used, counters = len(self._blocks) - len(blocks), 0, self._counters.ctypes.data
+        for block, num_splits in zip(blocks, splits, strict=True):
+            size = block[1]
+            step = max(1, share // size)
+            num_parts = -(-num_splits // step) if self.num_threads > 1 else 1
+            rows = size * (heads.num_heads // heads.num_kv_heads)
+            needed = num_splits * heads.num_kv_heads * partial_bytes(rows, heads.padded_head_dim)
+            if num_parts == 1 or num_parts > spare or used + needed > PARTIALS_BYTES:
+                records.append((*block, 0, num_splits, num_splits, 1, 0, 0))
+                continue
+            partials = self._partials.ctypes.data + used
+            for first in range(0, num_splits, step):
+                last = min(first + step, num_splits)
+                records.append((*block, first, last, num_splits, num_parts, partials, counters))
+            spare, used = spare - num_parts, used + needed
+            counters += heads.num_kv_heads * LINE
+        return records
 
     def _schedule(
         self, num_tokens: int, num_logits: int, num_blocks: int

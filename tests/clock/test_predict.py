@@ -9,6 +9,7 @@ from cyclewise.clock.calibrate import COUNTS, attention_features, nonnegative
 from cyclewise.clock.predict import Predictor, View, between, prefill_shapes
 from cyclewise.clock.run import Settings
 from cyclewise.machine.costs import BatchShape, cost
+from cyclewise.machine.kernels.layout import SPLIT
 from cyclewise.models import load_model
 from tests.clock.forecasts import (
     BANDWIDTH,
@@ -100,6 +101,14 @@ def test_attention_takes_whole_tiles_of_heads_on_each_thread():
     one, two, three = (predictor(t).moment(VIEW, attend, ONE_TOKEN) - GAP for t in (1, 2, 3))
     assert one == pytest.approx(2 * two)
     assert two == pytest.approx(three)
+
+
+def test_attention_of_many_keys_is_cut_into_splits():
+    """Nine splits of each of two heads are enough for three threads, and for four almost."""
+    attend, shape = part("layers.0.attention.attend"), BatchShape(((1, 9 * SPLIT - 1),), 1)
+    times = [predictor(t, 1e20).moment(VIEW, attend, shape) - GAP for t in (1, 2, 3, 4)]
+    assert times[0] == pytest.approx(2 * times[1]) == pytest.approx(3 * times[2])
+    assert times[3] == pytest.approx(times[0] * 5 / 18)
 
 
 def test_attention_features_are_those_of_the_pages():

@@ -5,13 +5,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cyclewise.machine.kernels.attention import NO_WINDOW, attention_unit, scratch_bytes
+from cyclewise.machine.kernels.attention import (
+    NO_WINDOW,
+    attention_unit,
+    partial_bytes,
+    scratch_bytes,
+)
 from cyclewise.machine.kernels.layout import (
     ATTENTION,
     BATCH,
+    LINE,
     PAGE_TOKENS,
     QUERY_BLOCK,
     QUERY_BLOCK_FIELDS,
+    SPLIT,
 )
 from tests import naive
 from tests.machine.kernel_calls import GUARD, Thread, check_guard, guarded, kernel, record
@@ -57,8 +64,12 @@ class Cache:
         return np.concatenate(parts, axis=1).view(np.uint8), parts[0].shape[1] * 2
 
 
-def attend(cache, group, queries, sequences, block=QUERY_BLOCK, window=NO_WINDOW, softcap=0.0):
-    """The kernel's output (tokens, heads, head_dim); blocks of `block` tokens."""
+def attend(
+    cache, group, queries, sequences, block=QUERY_BLOCK, part=1 << 20, window=NO_WINDOW, softcap=0.0
+):
+    """The kernel's output (tokens, heads, head_dim); blocks of `block` tokens, their keys in parts
+    of `part` splits.
+    """
     heads, dim = group * cache.kv_heads, cache.head_dim
     tokens = len(queries)
     # Behind the queries lie keys and values, which attention must not read.
@@ -66,14 +77,27 @@ def attend(cache, group, queries, sequences, block=QUERY_BLOCK, window=NO_WINDOW
     qkv[:, :heads] = queries
     memory, key_bytes = cache.memory()
     out = guarded(tokens * heads * dim * 4)
-    blocks = []
+    blocks, kept = [], []
     for s in sequences:
         for first in range(0, s.count, block):
-            values = {
-                "first_token": s.start + first, "num_tokens": min(block, s.count - first),
-                "first_position": s.position + first, "pages": s.pages,
-            }  # fmt: skip
-            blocks.append(record(QUERY_BLOCK_FIELDS, **values))
+            size, position = min(block, s.count - first), s.position + first
+            num_splits = -(-(position + size) // SPLIT)
+            num_parts = -(-num_splits // part)
+            partials = guarded(
+                num_splits * cache.kv_heads * partial_bytes(size * group, cache.padded)
+            )
+            counters = guarded(cache.kv_heads * LINE)
+            counters[:-GUARD] = 0
+            kept.append((partials, counters))
+            for first_split in range(0, num_splits, part):
+                values = {
+                    "first_token": s.start + first, "num_tokens": size,
+                    "first_position": position, "pages": s.pages, "first_split": first_split,
+                    "end_split": min(first_split + part, num_splits), "num_splits": num_splits,
+                    "num_parts": num_parts, "partials": partials if num_parts > 1 else 0,
+                    "counters": counters if num_parts > 1 else 0,
+                }  # fmt: skip
+                blocks.append(record(QUERY_BLOCK_FIELDS, **values))
     table = np.array(blocks)
     moment = record(
         ATTENTION, qkv=qkv, qkv_stride=qkv.strides[0], num_heads=heads,
@@ -88,6 +112,10 @@ def attend(cache, group, queries, sequences, block=QUERY_BLOCK, window=NO_WINDOW
     run(moment, batch, thread.record, 0, tiles // 2)
     thread.check()
     check_guard(out)
+    for partials, counters in kept:
+        check_guard(partials)
+        assert not counters[:-GUARD].any()
+        check_guard(counters)
     return out[:-GUARD].view(np.float32).reshape(tokens, heads, dim)
 
 
@@ -145,6 +173,35 @@ def test_a_window(head_dim, window):
     for block in (1, 5):
         again = attend(cache, 4, queries, sequences, block, window=window)
         np.testing.assert_array_equal(again, got)
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 300])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 24), (5, 64), (7, 80)])
+def test_keys_in_parts(group, head_dim, window):
+    """Three splits and a bit: whoever computes which of them, the bits are the same."""
+    rng = np.random.default_rng(group)
+    pages = rng.permutation(61).astype(np.int32)
+    sequences = [
+        Sequence(0, 2, 3 * SPLIT + 40, pages[:27]),
+        Sequence(2, 20, 2 * SPLIT - 10, pages[27:44]),
+        Sequence(22, 1, SPLIT - 1, pages[44:52]),
+        Sequence(23, 1, SPLIT, pages[52:61]),
+    ]
+    cache = Cache(rng, head_dim, 2, 61)
+    written = [cache.write(s) for s in sequences]
+    queries = rng.standard_normal((24, 2 * group, head_dim)).astype(np.float32) * head_dim**-0.5
+    got = attend(cache, group, queries, sequences, window=window)
+    for s, (keys, values) in zip(sequences, written, strict=True):
+        for i in range(s.count):
+            seen = s.position + i + 1
+            want = naive.attend(
+                queries[s.start + i], keys[:seen], values[:seen], window=min(window, seen)
+            )
+            np.testing.assert_allclose(got[s.start + i], want, rtol=2e-5, atol=2e-6)
+    for block in (1, 7, 16):
+        for part in (1, 2, 3):
+            again = attend(cache, group, queries, sequences, block, part, window=window)
+            np.testing.assert_array_equal(again, got)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 30, 1e4])

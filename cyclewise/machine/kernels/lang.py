@@ -319,8 +319,10 @@ class Emitter:
         pointer = self._pointer(address, value.type)
         self.builder.store_atomic(value.value, pointer, "seq_cst", value.type.width // 8)
 
-    def atomic_add(self, address: Value, value: Value) -> None:
-        self.builder.atomic_rmw("add", self._pointer(address, value.type), value.value, "seq_cst")
+    def atomic_add(self, address: Value, value: Value) -> Value:
+        """Returns what lay there before."""
+        pointer = self._pointer(address, value.type)
+        return Value(self, self.builder.atomic_rmw("add", pointer, value.value, "seq_cst"))
 
     def compare_exchange(
         self, address: Value, expected: Value, desired: Value

@@ -13,6 +13,8 @@ PAGE_TOKENS = 32
 """Tokens of a page of the KV cache."""
 QUERY_BLOCK = 16
 """Query tokens that attention takes at once."""
+SPLIT = 256
+"""Keys whose part in attention is summed on its own: a multiple of PAGE_TOKENS."""
 
 BATCH = (
     "num_tokens",
@@ -23,7 +25,13 @@ BATCH = (
     "logit_rows",  # int32 (num_logits)
     "query_blocks",  # records QUERY_BLOCK_FIELDS
 )
-QUERY_BLOCK_FIELDS = ("first_token", "num_tokens", "first_position", "pages")
+QUERY_BLOCK_FIELDS = (
+    "first_token", "num_tokens", "first_position", "pages",
+    "first_split", "end_split",  # the splits of the keys that this record's tiles take
+    "num_splits", "num_parts",  # of the block, and into how many records they are cut
+    "partials",  # of all its splits and key-value heads, where there is more than one part
+    "counters",  # a cache line for each key-value head: parts that are done; 0 between steps
+)  # fmt: skip
 
 THREAD = ("scratch", "private")
 """A thread's own memory, and what to add to the address of a private buffer."""

@@ -1,0 +1,205 @@
+"""What pages of the KV cache hold, and how query rows meet them: `Halves` and `Bytes`.
+
+Both kinds store 2 bytes a *lane* and widen them to 4 in a register. Of float16 a lane is one
+number, float32 when widened, and a step of a product is a multiply-add. Of int8 a lane is a pair
+of neighbours (head dimensions of a key, tokens of values), int16 when widened, and a step adds the
+products of both to an int32; a head's codes are followed by a scale for each token, the upper half
+of a float32. Of one layer's part of a page, `steps` is the number of lanes in the direction that is
+summed:
+
+    keys    (kv_heads, steps(head_dim), PAGE_TOKENS) lanes
+    values  (kv_heads, steps(PAGE_TOKENS), padded_head_dim) lanes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, Variable, vector
+from cyclewise.machine.kernels.layout import PAGE_TOKENS
+from cyclewise.machine.kernels.math import absolute, round_to_int
+
+LANES = 16
+LANE_BYTES, WIDE_BYTES = 2, 4
+"""Of a lane in a page, and when widened."""
+SCALE_BYTES = 2
+LARGEST_CODE, LARGEST_FACTOR = 127.0, 32767.0
+"""Of what int8 pages hold, and of the int16 that they are multiplied by."""
+LEAST_SCALED = 1e-30
+"""Factors that are all smaller are taken for zeros."""
+
+CacheKind = Literal["f16", "int8"]
+Pairs = tuple[int, int]
+
+
+class Halves:
+    """Pages of float16."""
+
+    name: CacheKind = "f16"
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+
+    @staticmethod
+    def steps(count: Any) -> Any:
+        """Steps of a sum over so many numbers."""
+        return count
+
+    @staticmethod
+    def head_bytes(lanes: Any) -> Any:
+        """Of one head's keys or values of a page."""
+        return lanes * LANE_BYTES
+
+    def zero(self, lanes: int) -> Value:
+        return self.emitter.constant(0.0, vector(F32, lanes))
+
+    def widen(self, stored: Value) -> Value:
+        return self.emitter.half_to_float(stored)
+
+    def load_wide(self, address: Value, lanes: int) -> Value:
+        return self.emitter.load(address, vector(F32, lanes))
+
+    def scalar(self, address: Value, lanes: int) -> Value:
+        return self.emitter.broadcast(address, F32, lanes)
+
+    def add(self, left: Value, right: Value, total: Value) -> Value:
+        return self.emitter.fma(left, right, total)
+
+
+class Bytes:
+    """Pages of int8."""
+
+    name: CacheKind = "int8"
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.emitter = emitter
+
+    @staticmethod
+    def steps(count: Any) -> Any:
+        return count // 2
+
+    @staticmethod
+    def head_bytes(lanes: Any) -> Any:
+        return lanes * LANE_BYTES + PAGE_TOKENS * SCALE_BYTES
+
+    def zero(self, lanes: int) -> Value:
+        return self.emitter.constant(0, vector(I32, lanes))
+
+    def widen(self, stored: Value) -> Value:
+        lanes = stored.type.count
+        codes = self.emitter.bitcast(stored, vector(I8, 2 * lanes))
+        return self.emitter.cast(codes, vector(I16, 2 * lanes), "sext")
+
+    def load_wide(self, address: Value, lanes: int) -> Value:
+        return self.emitter.load(address, vector(I16, 2 * lanes))
+
+    def scalar(self, address: Value, lanes: int) -> Value:
+        pair = self.emitter.broadcast(address, I32, lanes)
+        return self.emitter.bitcast(pair, vector(I16, 2 * lanes))
+
+    def add(self, left: Value, right: Value, total: Value) -> Value:
+        return add_pairs(self.emitter, left, right, total)
+
+
+Kind = Halves | Bytes
+
+
+def add_pairs(emitter: Emitter, left: Value, right: Value, total: Value) -> Value:
+    """total + the products of neighbouring int16: VPMADDWD, which LLVM makes VPDPWSSD of where
+    there is one.
+    """
+    lanes = total.type.count
+    if emitter.target.is_x86 and emitter.target.name != "plain":
+        name = "avx512.pmaddw.d.512" if lanes == 16 else "avx2.pmadd.wd"
+        return total + emitter.intrinsic(f"llvm.x86.{name}", total.type, left, right)
+    words = vector(I32, lanes)
+
+    def every_second(pairs: Value, first: int) -> Value:
+        found = emitter.shuffle(pairs, pairs, range(first, 2 * lanes, 2))
+        return emitter.cast(found, words, "sext")
+
+    low, high = (every_second(left, i) * every_second(right, i) for i in (0, 1))
+    return total + (low + high)
+
+
+def products(
+    kind: Kind,
+    sums: list[list[Variable]],
+    steps: Value | int,
+    scalars: Callable[[int, Value], Value],
+    vectors: Callable[[Value], list[Value]],
+    few: bool,
+    ahead: Callable[[Value], None],
+) -> None:
+    """sums[row][i] += scalars(row) * vectors[i] over all steps, both read from memory: first
+    whichever are fewer, so that registers hold them.
+
+    Args:
+        scalars: the address of a row's number of a step.
+        vectors: the addresses of a step's vectors, as they are stored if `few` and wide otherwise.
+        ahead: asks for what will be wanted, where they are read from a page.
+    """
+    emitter = kind.emitter
+    lanes = emitter.target.lanes
+    rows, width = range(len(sums)), range(len(sums[0]))
+
+    def found(address: Value) -> Value:
+        if few:
+            return kind.widen(emitter.load(address, vector(I16, lanes)))
+        return kind.load_wide(address, lanes)
+
+    def add(row: int, i: int, left: Value, right: Value) -> None:
+        sums[row][i].set(kind.add(left, right, sums[row][i].get()))
+
+    with emitter.range(0, steps) as step:
+        ahead(step)
+        addresses = vectors(step)
+        if len(rows) < len(width):
+            held = [kind.scalar(scalars(row, step), lanes) for row in rows]
+            for i in width:
+                right = found(addresses[i])
+                for row in rows:
+                    add(row, i, held[row], right)
+        else:
+            held = [found(address) for address in addresses]
+            for row in rows:
+                left = kind.scalar(scalars(row, step), lanes)
+                for i in width:
+                    add(row, i, left, held[i])
+
+
+def load_scales(emitter: Emitter, address: Value, lanes: int) -> Value:
+    """Scales of as many tokens as float32."""
+    halves = emitter.load(address, vector(I16, lanes))
+    wide = emitter.cast(halves, vector(I32, lanes), "zext") << 16
+    return emitter.bitcast(wide, vector(F32, lanes))
+
+
+def code_scale(emitter: Emitter, largest: Value) -> tuple[Value, Value]:
+    """The scale of codes whose largest magnitude is `largest`, as the int16 that is stored and as
+    float32: rounded up to what 16 bits hold, so that no code is beyond 127.
+    """
+    bits = emitter.bitcast(largest / LARGEST_CODE, I32) + 0xFFFF
+    upper = bits >> 16
+    return emitter.cast(upper, I16, "trunc"), emitter.bitcast(upper << 16, F32)
+
+
+def to_factors(emitter: Emitter, numbers: list[Value], largest: Value) -> list[Value]:
+    """float32 lanes as int16 multiples of largest / 32767."""
+    enough = largest > LEAST_SCALED
+    inverse = enough.select(LARGEST_FACTOR / largest, emitter.constant(0.0, F32))
+    found = []
+    for value in numbers:
+        lanes = value.type.count
+        rounded = round_to_int(emitter, value * emitter.splat(inverse, lanes))
+        found.append(emitter.cast(rounded, vector(I16, lanes), "trunc"))
+    return found
+
+
+def largest_of(emitter: Emitter, numbers: list[Value]) -> Value:
+    """The largest magnitude of float32 lanes."""
+    found = absolute(emitter, numbers[0])
+    for value in numbers[1:]:
+        found = emitter.maximum(found, absolute(emitter, value))
+    return emitter.fold(found, emitter.maximum)
