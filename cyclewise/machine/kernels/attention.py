@@ -68,6 +68,16 @@ def _whole_lanes(rows: Any) -> Any:
     return (rows + (LANES - 1)) // LANES * LANES
 
 
+def _tiles(rows: int, sizes: tuple[int, ...]) -> list[int]:
+    """How rows fall into tiles. Of few rows 5 are 3 and 2: one alone is slow."""
+    found = []
+    for size in sizes:
+        while rows >= size and (rows, size) != (5, 4):
+            found.append(size)
+            rows -= size
+    return found
+
+
 def partial_bytes(rows: Any, padded_head_dim: Any) -> Any:
     """Of some rows' partial results: maxima (rows), sums (rows), both padded to whole vectors;
     weighted values (rows, padded_head_dim). Of the kernel's values as of numbers.
@@ -126,6 +136,7 @@ class _Attention:
         block = self.block = Record(emitter, record, QUERY_BLOCK_FIELDS)
         self.rows = block.num_tokens * self.group
         self.few = self.rows <= FEW_ROWS
+        self.key_bytes_ahead, self.value_bytes_ahead = self._bytes_ahead()
         self.first_position = block.first_position
         self.at = {
             name: self.scratch + place for name, place in _places(self.rows, self.padded).items()
@@ -166,6 +177,38 @@ class _Attention:
             inverse = 1.0 / emitter.load(total.sums + row * 4, F32)
             to = m.out + self._row_offset(row, m.out_stride)
             _copy(emitter, total.out + row * self.padded * 4, to, self.dim, inverse)
+
+    def _bytes_ahead(self) -> tuple[Value, Value]:
+        """Of the next page's keys and values, what each step of a product must ask for so that few
+        rows have asked for all of them.
+        """
+        emitter, kind = self.emitter, self.kind
+        vectors, halves = PAGE_TOKENS // emitter.target.lanes, self.padded // LANES
+        key_steps = value_steps = emitter.constant(1)
+        for rows in range(1, FEW_ROWS + 1):
+            tiles = _tiles(rows, FEW)
+            passes = sum(vectors // self._width(count) for count in tiles)
+            blocks = halves * 0
+            for count in tiles:
+                blocks = blocks + (halves + self._halves(count) - 1) // self._halves(count)
+            found = self.rows.equals(rows)
+            key_steps = found.select(self.query_steps * passes, key_steps)
+            value_steps = found.select(blocks * kind.steps(PAGE_TOKENS), value_steps)
+        key_bytes = kind.head_bytes(self.query_steps * PAGE_TOKENS)
+        value_bytes = kind.head_bytes(self.padded * kind.steps(PAGE_TOKENS))
+        return (
+            (key_bytes + key_steps - 1) // key_steps,
+            (value_bytes + value_steps - 1) // value_steps,
+        )
+
+    def _width(self, count: int) -> int:
+        """Vectors of keys that `count` rows meet at once."""
+        vectors = PAGE_TOKENS // self.emitter.target.lanes
+        return vectors if count * vectors <= SUMS else min(2, vectors)
+
+    def _halves(self, count: int) -> int:
+        """Columns of values that `count` rows meet at once, in LANES."""
+        return 2 if count * 2 * (LANES // self.emitter.target.lanes) <= SUMS else 1
 
     def _row_offset(self, row: Value, stride: Value) -> Value:
         token, head = row // self.group, self.kv_head * self.group + row % self.group
@@ -235,6 +278,7 @@ class _Attention:
         value_lanes = self.padded * self.kind.steps(PAGE_TOKENS)
         keys = m.keys + page + self.kv_head * self.kind.head_bytes(key_lanes)
         values = m.values + page + self.kv_head * self.kind.head_bytes(value_lanes)
+        self.ahead, self.ahead_end = emitter.variable(keys), emitter.variable(keys)
         many = self.few.equals(0)
         with emitter.when(many):
             self._widen(keys, at["keys"], key_lanes)
@@ -243,6 +287,7 @@ class _Attention:
             self._take_scales(keys + key_lanes * LANE_BYTES, at["key_scales"])
             self._take_scales(values + value_lanes * LANE_BYTES, at["value_scales"])
 
+        self._look_ahead(keys, key_lanes)
         self._over_rows(lambda few, count, row: self._scores(few, count, row, keys))
         with emitter.when(m.softcap.differs(0)):
             _soft_cap(emitter, at["scores"], self.rows * PAGE_TOKENS, m.float("softcap"))
@@ -251,7 +296,21 @@ class _Attention:
         for masked in (False, True):
             with emitter.when(seen_by_all.equals(int(not masked))):
                 self._weights(partial, start, masked)
+        self._look_ahead(values, value_lanes)
         self._over_rows(lambda few, count, row: self._weigh(few, count, row, values, partial))
+
+    def _look_ahead(self, source: Value, lanes: Value) -> None:
+        """From now on `_ask` asks for what lies there in the next page, which no hardware can
+        guess.
+        """
+        self.ahead.set(source + self.to_next)
+        self.ahead_end.set(self.ahead.get() + self.kind.head_bytes(lanes))
+
+    def _ask(self, num_bytes: Value) -> None:
+        """Asks for `num_bytes` more: too many lines at once would have to wait for each other."""
+        now = self.ahead.get()
+        self.emitter.prefetch(self.emitter.minimum(now, self.ahead_end.get() - LINE))
+        self.ahead.set(now + num_bytes)
 
     def _over_rows(self, write: Callable[[bool, int, Value], None]) -> None:
         """Rows in tiles: `write(few, count, first row)`."""
@@ -263,7 +322,7 @@ class _Attention:
                     with emitter.loop() as leave_if:
                         left = self.rows - done.get()
                         leave_if(left < size)
-                        if few and size == 4:  # 5 rows are 3 and 2: one alone is slow
+                        if few and size == 4:
                             leave_if(left.equals(5))
                         write(few, size, done.get())
                         done.add(size)
@@ -286,7 +345,7 @@ class _Attention:
         emitter, kind, at = self.emitter, self.kind, self.at
         lanes = emitter.target.lanes
         vectors = PAGE_TOKENS // lanes
-        width = vectors if count * vectors <= SUMS else min(2, vectors)
+        width = self._width(count)
         queries = at["queries"] + row * self.query_steps * WIDE_BYTES
         base, size = (keys, LANE_BYTES) if few else (at["keys"], WIDE_BYTES)
         for part in range(0, vectors, width):
@@ -298,14 +357,10 @@ class _Attention:
                 line = base + step * (PAGE_TOKENS * size)
                 return [line + (part + i) * lanes * size for i in range(width)]
 
-            def ahead(step: Value, part: int = part) -> None:
-                if few and part == 0:
-                    emitter.prefetch(base + self.to_next + step * (PAGE_TOKENS * size))
-
             products(
                 kind, sums, self.query_steps,
                 lambda i, step: queries + (self.query_steps * i + step) * WIDE_BYTES,
-                addresses, few, ahead,
+                addresses, few, lambda: self._ask(self.key_bytes_ahead),
             )  # fmt: skip
             for i in range(count):
                 to = at["scores"] + (row + i) * (PAGE_TOKENS * 4)
@@ -385,10 +440,6 @@ class _Attention:
                 line = base + (step * padded + first) * size
                 return [line + j * lanes * size for j in range(width)]
 
-            def ahead(step: Value) -> None:
-                if few:
-                    emitter.prefetch(base + self.to_next + (step * padded + first) * size)
-
             is_float = kind.name == "f16"
             sums = [
                 [
@@ -400,7 +451,7 @@ class _Attention:
             products(
                 kind, sums, kind.steps(PAGE_TOKENS),
                 lambda i, step: weights + step * WIDE_BYTES + i * (PAGE_TOKENS * 4),
-                addresses, few, ahead,
+                addresses, few, lambda: self._ask(self.value_bytes_ahead),
             )  # fmt: skip
             for i in range(count):
                 for j in range(width):
@@ -411,7 +462,7 @@ class _Attention:
                     emitter.store(out + (padded * i + first + j * lanes) * 4, found)
 
         narrow = LANES // lanes
-        wide = 2 * narrow if count * 2 * narrow <= SUMS else narrow
+        wide = self._halves(count) * narrow
         whole = (padded // (wide * lanes)) * (wide * lanes)
         with emitter.range(0, whole, wide * lanes) as column:
             columns(column, wide)

@@ -130,7 +130,7 @@ def products(
     scalars: Callable[[int, Value], Value],
     vectors: Callable[[Value], list[Value]],
     few: bool,
-    ahead: Callable[[Value], None],
+    ahead: Callable[[], None],
 ) -> None:
     """sums[row][i] += scalars(row) * vectors[i] over all steps, both read from memory: first
     whichever are fewer, so that registers hold them.
@@ -138,7 +138,7 @@ def products(
     Args:
         scalars: the address of a row's number of a step.
         vectors: the addresses of a step's vectors, as they are stored if `few` and wide otherwise.
-        ahead: asks for what will be wanted, where they are read from a page.
+        ahead: asks for some of what will be wanted, where they are read from a page.
     """
     emitter = kind.emitter
     lanes = emitter.target.lanes
@@ -153,7 +153,8 @@ def products(
         sums[row][i].set(kind.add(left, right, sums[row][i].get()))
 
     with emitter.range(0, steps) as step:
-        ahead(step)
+        if few:
+            ahead()
         addresses = vectors(step)
         if len(rows) < len(width):
             held = [kind.scalar(scalars(row, step), lanes) for row in rows]
