@@ -23,7 +23,9 @@ def quantize(source: pathlib.Path, target: pathlib.Path, name: str) -> None:
     """Writes one file; an error of llama.cpp's is a RuntimeError."""
     pattern, kind, mixture = EXCEPTIONS.get(name, (None, 0, name))
     parameters = api.llama_model_quantize_default_params()
-    parameters.ftype = getattr(api, f"LLAMA_FTYPE_MOSTLY_{mixture}")
+    whole = "ALL" if mixture == "F32" else "MOSTLY"
+    parameters.ftype = getattr(api, f"LLAMA_FTYPE_{whole}_{mixture}")
+    parameters.allow_requantize = True
     # A list that ends with an entry without a pattern; it must live as long as the call.
     overrides = (api.llama_model_tensor_override * 2)()
     if pattern is not None:

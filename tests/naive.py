@@ -343,9 +343,8 @@ def quantize(x: Floats) -> Activations:
 
 def matmul_blocks(weights: Blocks, x: Activations, *, fused: bool = True) -> Floats:
     """(tokens, rows): exact integer dots, then floats, group after group."""
-    products = (weights.codes[None] - weights.centre) * x.codes[
-        :, None
-    ]  # (tokens, rows, groups, 32)
+    codes = weights.codes - weights.centre
+    products = codes[None] * x.codes[:, None]  # (tokens, rows, groups, 32)
     if weights.sub_scales is None:
         dots = products.sum(axis=3)
     else:

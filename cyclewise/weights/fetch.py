@@ -166,10 +166,11 @@ def _pip_error(requirement: str, said: str) -> Exception:
 
 def _largest_file(folder: Path) -> int:
     largest = 0
-    for path in folder.rglob("*"):
-        # pip moves and removes its files meanwhile.
-        with suppress(OSError):
-            largest = max(largest, path.stat().st_size)
+    # pip moves and removes its files and folders meanwhile: `os.walk` passes over what is gone.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
 
 
