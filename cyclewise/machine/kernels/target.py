@@ -46,6 +46,13 @@ class Target:
         return self.name == "avx512" and "+avx512bf16" in self.features.split(",")
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether instructions stay in the order in which a kernel writes them. LLVM's schedulers
+        balance sums that are long enough for 16 registers already, and spill them.
+        """
+        return self.name == "avx2"
+
+    @property
     def is_x86(self) -> bool:
         return IS_X86 if self.name == "plain" else self.name in X86_SETS
 
