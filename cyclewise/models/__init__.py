@@ -63,6 +63,7 @@ def load_model(
     from cyclewise.machine.machine import Machine, resolve_threads
     from cyclewise.machine.packing import Weights
     from cyclewise.models import gemma2, gemma3, gpt2, llama, mixtral, phi3, qwen3, qwen3moe
+    from cyclewise.weights.mapped import shown
     from cyclewise.weights.source import open_source
 
     builders = {
@@ -72,9 +73,9 @@ def load_model(
     num_threads = resolve_threads(threads)
     with open_source(path) as source:
         architecture = source.metadata.get("general.architecture")
-        if architecture not in builders:
+        if not isinstance(architecture, str) or architecture not in builders:
             raise UnsupportedModelError(
-                f"{path}: architecture {architecture!r} is not supported; "
+                f"{path}: architecture {shown(architecture)} is not supported; "
                 f"known are {', '.join(builders)}."
             )
         table = source.tensors.get("token_embd.weight")

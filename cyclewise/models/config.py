@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
+from cyclewise.weights.mapped import shown
 
 DEFAULT_CONTEXT = 4096
 """The longest context that is taken unless asked for more."""
@@ -98,6 +99,13 @@ class _Metadata:
     def get(self, key: str) -> Any:
         return self._metadata.get(self._prefix + key)
 
+    def scalar(self, key: str) -> Any:
+        """Anything but an array; None where the file has none."""
+        value = self.get(key)
+        if isinstance(value, list | np.ndarray):
+            raise self.wrong(key, value)
+        return value
+
     def integer(self, key: str, default: int | None = None, largest: int = _LIMIT) -> int:
         value = self._metadata.get(self._prefix + key, default)
         if value is None:
@@ -110,17 +118,17 @@ class _Metadata:
         value = self._metadata.get(self._prefix + key, default)
         if value is None:
             raise ModelFileError(f"The model file lacks {self._prefix}{key}.")
-        if not isinstance(value, int | float) or not 0 < value < 1e12:
+        if not isinstance(value, int | float) or not 1e-30 < value < 1e12:
             raise self.wrong(key, value)
         return float(value)
 
     def optional(self, key: str) -> float | None:
         """A number; None where the file has none, or says 0."""
-        return self.number(key) if self.get(key) else None
+        return self.number(key) if self.scalar(key) else None
 
     def wrong(self, key: str, value: object) -> ModelFileError:
         return ModelFileError(
-            f"The model file says {self._prefix}{key} = {value!r}, which cannot be."
+            f"The model file says {self._prefix}{key} = {shown(value)}, which cannot be."
         )
 
 
@@ -148,7 +156,7 @@ def read_config(
         trained = int(trained * rope.factor)
     local_base = read.optional("rope.freq_base_swa") or LOCAL_ROPE_BASES.get(architecture)
     feed_forward = read.integer("feed_forward_length")
-    experts = read.integer("expert_count") if read.get("expert_count") else 0
+    experts = read.integer("expert_count") if read.scalar("expert_count") else 0
     return Config(
         architecture=architecture,
         name=str(metadata.get("general.name", architecture)),
@@ -178,7 +186,7 @@ def read_config(
         expert_feed_forward=read.integer("expert_feed_forward_length", feed_forward)
         if experts
         else 0,
-        expert_weights_normalized=bool(read.get("expert_weights_norm") in (None, True)),
+        expert_weights_normalized=bool(read.scalar("expert_weights_norm") in (None, True)),
     )
 
 
@@ -204,7 +212,7 @@ def _query_scale(
 
 
 def _windows(read: _Metadata, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    if not read.get("attention.sliding_window"):
+    if not read.scalar("attention.sliding_window"):
         return ()
     window = read.integer("attention.sliding_window", largest=1 << 31)
     pattern: Any = read.get("attention.sliding_window_pattern")
@@ -225,12 +233,12 @@ def _rope(
     dim = read.integer("rope.dimension_count", head_dim)
     if dim > head_dim or dim % 2:
         raise ModelFileError(f"RoPE over {dim} dimensions of heads of {head_dim} cannot be.")
-    kind: Any = read.get("rope.scaling.type") or "none"
-    if architecture == "phi3" and kind == "none" and read.get("rope.scaling.attn_factor"):
+    kind: Any = read.scalar("rope.scaling.type") or "none"
+    if architecture == "phi3" and kind == "none" and read.scalar("rope.scaling.attn_factor"):
         kind = "longrope"  # llama.cpp's converter does not name it
     if kind not in get_args(Scaling):
         raise UnsupportedModelError(
-            f"RoPE scaling of type {kind!r} is not supported; "
+            f"RoPE scaling of type {shown(kind)} is not supported; "
             f"{', '.join(get_args(Scaling))} and Llama 3's factors are."
         )
     factor = 1.0

@@ -14,6 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.errors import ModelFileError
 from cyclewise.machine.packing import Weights
 from cyclewise.models.config import Rope
 
@@ -68,4 +69,7 @@ def _file_factors(rope: Rope, context_length: int, weights: Weights) -> Doubles:
         name = f"rope_factors_{'long' if long else 'short'}.weight"
     elif name not in weights:
         return np.ones(rope.dim // 2)
-    return weights.vector(name, rope.dim // 2)[: rope.dim // 2].astype(np.float64)
+    factors = weights.vector(name, rope.dim // 2)[: rope.dim // 2].astype(np.float64)
+    if not ((factors > 1e-30) & (factors < 1e12)).all():
+        raise ModelFileError(f"Tensor {name} holds a factor that no frequency is divided by.")
+    return factors

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cyclewise.errors import ModelFileError, UnsupportedModelError
+from cyclewise.weights.mapped import shown
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -51,6 +52,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 _LARGEST = 1 << 31
+# What lists are made of before a tensor has proved the number.
+_MAX_LAYERS = 4096
+_MAX_HEAD_DIM = 1 << 16
 _LOCAL = "sliding_attention"
 
 
@@ -78,17 +82,17 @@ class _Fields:
     def get(self, key: str) -> Any:
         return self._values.get(key)
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, largest: int = _LARGEST) -> int:
         value = self._values.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 0 < value <= _LARGEST:
+        if type(value) is not int or not 0 < value <= largest:
             raise self.wrong(key, "a whole number above 0", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or value is None or not 0 < value < 1e12:
+        if type(value) not in (int, float) or value is None or not 1e-30 < value < 1e12:
             raise self.wrong(key, "a number above 0", value)
         return float(value)
 
@@ -97,7 +101,7 @@ class _Fields:
         if (
             not isinstance(value, list)
             or len(value) != count
-            or not all(type(each) in (int, float) and 0 < each < 1e12 for each in value)
+            or not all(type(each) in (int, float) and 1e-30 < each < 1e12 for each in value)
         ):
             raise self.wrong(key, f"{count} numbers above 0", value)
         return np.array(value, np.float32)
@@ -111,9 +115,7 @@ class _Fields:
     def wrong(self, key: str, wanted: str, value: object) -> ModelFileError:
         if value is None:
             return ModelFileError(f"{self._where}: {key} is missing, where {wanted} is needed")
-        text = repr(value)
-        text = text if len(text) <= 60 else text[:57] + "..."
-        return ModelFileError(f"{self._where}: {key} should be {wanted}, not {text}")
+        return ModelFileError(f"{self._where}: {key} should be {wanted}, not {shown(value)}")
 
     def unsupported(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self._where}: {what}")
@@ -130,7 +132,7 @@ def read_hf_config(values: Mapping[str, Any], where: str) -> HFConfig:
         values, model_type = {"tie_word_embeddings": True, **inner}, "gemma3_text"
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{where}: models of type {model_type!r} are not supported; "
+            f"{where}: models of type {shown(model_type)} are not supported; "
             f"known are {', '.join(ARCHITECTURES)}"
         )
     values = {**_DEFAULTS.get(model_type, {}), **values}
@@ -182,11 +184,11 @@ def _decoder(fields: _Fields, model_type: str) -> dict[str, Any]:
     if fields.get("use_bidirectional_attention"):
         raise fields.unsupported("attention in both directions is not supported")
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    head_dim = fields.integer("head_dim", max(hidden // heads, 1))
+    head_dim = fields.integer("head_dim", max(hidden // heads, 1), largest=_MAX_HEAD_DIM)
     return {
         "context_length": fields.integer("max_position_embeddings"),
         "embedding_length": hidden,
-        "block_count": fields.integer("num_hidden_layers"),
+        "block_count": fields.integer("num_hidden_layers", largest=_MAX_LAYERS),
         "feed_forward_length": fields.integer("intermediate_size"),
         "attention.head_count": heads,
         "attention.head_count_kv": fields.integer("num_key_value_heads", heads),
@@ -207,7 +209,7 @@ def _check_activation(fields: _Fields, key: str, known: tuple[str, ...]) -> None
     activation = fields.get(key) or known[0]
     if activation not in known:
         raise fields.unsupported(
-            f"the activation {activation!r} is not supported here, only {known[0]}"
+            f"the activation {shown(activation)} is not supported here, only {known[0]}"
         )
 
 
@@ -309,8 +311,8 @@ def _rope(
             }
         case other:
             raise fields.unsupported(
-                f"RoPE of type {other!r} is not supported; default, linear, dynamic, llama3, yarn "
-                "and longrope are"
+                f"RoPE of type {shown(other)} is not supported; default, linear, dynamic, llama3, "
+                "yarn and longrope are"
             )
 
 

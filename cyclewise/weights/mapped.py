@@ -76,6 +76,6 @@ def _map(path: Path) -> mmap.mmap:
 
 
 def shown(value: object) -> str:
-    """A value from a file as an error may print it: short, no control characters."""
-    text = repr(value)
+    """A value from a file as an error may print it: short, on one line, no control characters."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."

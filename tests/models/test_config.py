@@ -84,8 +84,6 @@ def test_a_context_that_changes_every_angle_must_be_asked_for():
 def test_rope_that_is_not_known_or_cannot_be():
     with pytest.raises(UnsupportedModelError, match="'mrope' is not supported; none, linear"):
         config(rope__scaling__type="mrope")
-    with pytest.raises(UnsupportedModelError, match=r"\['yarn'\] is not supported"):
-        config(rope__scaling__type=["yarn"])
     with pytest.raises(UnsupportedModelError, match="one pair"):
         config(rope__scaling__type="dynamic", rope__dimension_count=2)
     for base in (1.0, 0.5, -3.0, 0.0, math.nan, math.inf):
@@ -93,6 +91,42 @@ def test_rope_that_is_not_known_or_cannot_be():
             config(rope__freq_base=base)
     with pytest.raises(ModelFileError, match="factor"):
         config(rope__scaling__type="linear", rope__scaling__factor=-2.0)
+
+
+ARRAYS = ([], ["yarn"], np.array([1, 2]), np.array([True] * 100), np.array([], np.int32))
+NUMBERS = [
+    "rope.scaling.type", "rope.scaling.attn_factor", "attention.sliding_window", "expert_count",
+    "expert_weights_norm", "attention.scale", "rope.freq_base_swa", "attn_logit_softcapping",
+    "rope.dimension_count", "rope.freq_base", "block_count", "attention.head_count",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_an_array_in_the_place_of_a_number(key):
+    for array in ARRAYS:
+        with pytest.raises(ModelFileError, match=key) as caught:
+            config("phi3", **{key: array})
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_factor_that_would_make_angles_infinite():
+    for number in (1e-300, 5e-324):
+        with pytest.raises(ModelFileError, match="factor"):
+            config(rope__scaling__type="linear", rope__scaling__factor=number)
+        with pytest.raises(ModelFileError, match="beta_slow"):
+            config(rope__scaling__type="yarn", rope__scaling__yarn_beta_slow=number)
+
+    class Factors(Kept):
+        def __contains__(self, name):
+            return True
+
+        def vector(self, name, length):
+            return np.array([*([1.0] * (length - 1)), self.last, 0.0], np.float32)
+
+    factors = Factors()
+    for factors.last in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ModelFileError, match="rope_freqs"):
+            rope_tables(Rope(16, 1e4), 50, factors)
 
 
 class Kept:

@@ -13,6 +13,7 @@ from cyclewise.models import load_model
 from tests import naive
 from tests.models import tiny
 from tests.models.tiny import Tiny
+from tests.weights.build import ARRAY, STRING, U32, array, entry, gguf
 
 FLOAT_MODELS = {
     "tied": Tiny(),
@@ -264,6 +265,11 @@ def test_missing_and_misshapen_tensors(tmp_path):
 
 def test_what_is_not_supported(tmp_path):
     refused(tmp_path, Tiny("mamba"), UnsupportedModelError, "architecture 'mamba'")
+    for value in ((STRING, ["llama"]), (U32, [1, 2])):
+        path = tmp_path / "array.gguf"
+        path.write_bytes(gguf([entry("general.architecture", ARRAY, array(*value))]))
+        with pytest.raises(UnsupportedModelError, match=r"architecture .*\[.* is not"):
+            load_model(path)
     narrow = Tiny(heads=8, kv_heads=1, head_dim=8)
     refused(tmp_path, narrow, UnsupportedModelError, "multiple of 16")
     partly = Tiny(format="Q4_0", formats={"ffn_up": "F32"})

@@ -150,7 +150,10 @@ def test_longrope():
         ("llama", {"hidden_size": ...}, "hidden_size is missing"),
         ("llama", {"hidden_size": "8"}, "hidden_size should be a whole number above 0, not '8'"),
         ("llama", {"num_hidden_layers": True}, "num_hidden_layers should be"),
+        ("mistral", {"num_hidden_layers": 1 << 30}, "num_hidden_layers should be"),
+        ("llama", {"head_dim": 1 << 30}, "head_dim should be"),
         ("llama", {"rms_norm_eps": -1}, "rms_norm_eps should be a number above 0, not -1"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1e-300}}, "factor should be"),
         ("llama", {"rope_scaling": 3}, "rope_scaling should be an object, not 3"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("phi3", {"partial_rotary_factor": 0.1}, "partial_rotary_factor should be"),
@@ -166,6 +169,7 @@ def test_damaged(model_type, changes, reason):
     [
         ("mamba", {}, "models of type 'mamba' are not supported; known are llama, mistral"),
         (None, {}, "models of type None"),
+        ("x" * 1000, {}, r"models of type 'x+\.\.\. are"),
         ("llama", {"hidden_act": "gelu"}, "the activation 'gelu' is not supported here, only silu"),
         ("llama", {"rope_scaling": {"type": "mrope"}}, "RoPE of type 'mrope'"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "both directions"),
