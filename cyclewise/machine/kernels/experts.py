@@ -93,10 +93,12 @@ def _route(
             at = place_of(token, choice) + 8
             emitter.store(at, emitter.load(at, vector(F32, 1)) / total.get())
 
+    # Read once: under a thread that comes late, the record becomes that of the next step.
+    tokens = b.num_tokens
     with emitter.range(first, last):
         with emitter.range(0, experts) as expert:
             emitter.store(counts + expert * 8, emitter.constant(0))
-        with emitter.range(0, b.num_tokens) as token:
+        with emitter.range(0, tokens) as token:
             choose(token)
         row, used = (emitter.variable(emitter.constant(0)) for _ in range(2))
         with emitter.range(0, experts) as expert:
@@ -109,7 +111,7 @@ def _route(
                 used.add(1)
                 row.add(_rows_taken(emitter, count))
         emitter.store(slots, used.get())
-        with emitter.range(0, b.num_tokens) as token, emitter.range(0, chosen) as choice:
+        with emitter.range(0, tokens) as token, emitter.range(0, chosen) as choice:
             at = place_of(token, choice)
             expert = load_int32(emitter, at, _zero(emitter))
             weight = emitter.load(at + 8, F32)
@@ -120,7 +122,7 @@ def _route(
             emitter.store(at, emitter.cast(place, I32, "trunc"))
             emitter.store(at + 8, emitter.cast(expert, I32, "trunc"))
         # Only now is it known where an expert's rows begin: where the last of them has left off.
-        with emitter.range(0, b.num_tokens) as token, emitter.range(0, chosen) as choice:
+        with emitter.range(0, tokens) as token, emitter.range(0, chosen) as choice:
             at = place_of(token, choice)
             expert = load_int32(emitter, at + 8, _zero(emitter))
             count = emitter.load(counts + expert * 8)
