@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +15,32 @@ BYTE_LEVEL = Tokenizer.from_metadata(
     vocabularies.byte_level(user_defined=("<think>", "  "), bos_token_id=0, eos_token_id=2)
 )
 VECTORS = (
-    "deepseek-coder deepseek-llm falcon gpt-2 llama-spm mpt phi-3 refact starcoder".split()  # noqa: SIM905
+    *("deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-spm", "mpt", "phi-3"),
+    *("refact", "starcoder", "command-r", "llama-bpe", "qwen2", "qwen35"),
 )
+
+
+def vocabulary_path(name, shared_data) -> Path:
+    """A vocabulary that lies with the test data, or in llama.cpp's `models` folder."""
+    path = shared_data / "tokenizer-vectors" / f"ggml-vocab-{name}.gguf"
+    if path.exists():
+        return path
+    folder = os.environ.get("CYCLEWISE_VOCABULARIES")
+    if folder is None:
+        pytest.skip(
+            f"{path.name} is not with the test data: set CYCLEWISE_VOCABULARIES to llama.cpp's "
+            "folder `models` (the source distribution of llama-cpp-python has it)"
+        )
+    path = Path(folder) / path.name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return path
 
 
 @pytest.fixture(scope="module", params=VECTORS)
 def vectors(request, shared_data):
     """A real vocabulary, with texts and the ids that llama.cpp gives them."""
-    path = shared_data / "tokenizer-vectors" / f"ggml-vocab-{request.param}.gguf"
+    path = vocabulary_path(request.param, shared_data)
     texts = path.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     answers = path.with_suffix(".gguf.out").read_text().split("\n")
     with GGUFFile(path) as file:
