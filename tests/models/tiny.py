@@ -145,8 +145,11 @@ def make_tensors(tiny: Tiny) -> dict[str, Tensor]:
     return tensors
 
 
-def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor]) -> None:
-    writer = gguf.GGUFWriter(path, tiny.architecture)
+def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor], *, part: int = 0) -> None:
+    """`part`: most tensors of one file; 0: there is one. Otherwise the model lies in `path`'s name
+    with -00001-of-0000N and so on.
+    """
+    writer = gguf.GGUFWriter(path, tiny.architecture, split_max_tensors=part)
     writer.add_context_length(tiny.context)
     writer.add_embedding_length(tiny.hidden)
     writer.add_block_count(tiny.layers)

@@ -10,6 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 CONTENT = bytes(range(256)) * 4000
 FILE = "/owner/repo/resolve/main/folder/model.gguf"
+PARTS = {
+    f"/owner/repo/resolve/main/folder/large-{part:05}-of-00003.gguf": bytes([part]) * 1000 * part
+    for part in (1, 2, 3)
+}
+"""A model in three files."""
+ALONE = FILE.replace("model", "alone-00001-of-00002")
+"""The first of two files; the second is not there."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,8 +37,12 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(401, "RepoNotFound")
         elif path.startswith("/owner/busy/"):
             self.refuse(418, "Teapot")
-        elif path == FILE:
+        elif path in (FILE, ALONE):
             self.send(CONTENT if with_body else b"", hashlib.sha256(CONTENT).hexdigest())
+        elif path in PARTS:
+            content = PARTS[path]
+            digest = hashlib.sha256(content).hexdigest()
+            self.send(content if with_body else b"", digest, len(content))
         elif path == FILE.replace("model", "damaged"):
             damaged = CONTENT[:-1] + b"!"
             self.send(damaged if with_body else b"", hashlib.sha256(CONTENT).hexdigest())
@@ -41,11 +52,11 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound")
 
-    def send(self, body: bytes, etag: str) -> None:
+    def send(self, body: bytes, etag: str, length: int = len(CONTENT)) -> None:
         self.send_response(200)
         self.send_header("X-Repo-Commit", "0" * 40)
         self.send_header("ETag", f'"{etag}"')
-        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(body)
 

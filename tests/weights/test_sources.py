@@ -163,7 +163,7 @@ def test_every_known_name_is_a_sound_source():
     for name, known in KNOWN.items():
         download = sources._download_of(name)
         assert known.name == name and download is not None
-        assert download.file_name.endswith(".gguf")
+        assert all(file.endswith(".gguf") for file in download.file_names)
     assert next(iter(KNOWN)) == "smollm2" and KNOWN["smollm2"].nbytes == 98_362_432
 
 
@@ -465,6 +465,35 @@ def test_files_from_the_hub(cache):
     assert lines[7].startswith("DownloadError: ") and "no valid name" in lines[7]
     assert [entry.name for entry in cached_models()] == ["hf:owner/repo/folder/model.gguf"]
     assert len(list(cache.rglob("*.gguf"))) == 1
+
+
+def test_all_parts_of_a_model_come_from_the_hub(cache):
+    part, whole = "hf:owner/repo/folder/large-0000{}-of-00003.gguf", b"".join(hub.PARTS.values())
+    digest = hashlib.sha256(whole).hexdigest()
+    with hub.stand_in() as (address, requests):
+        process = run_resolve(
+            f"{part.format(2)}#sha256={digest}",
+            part.format(1),
+            f"{part.format(3)}#sha256={'0' * 64}",
+            "hf:owner/repo/folder/alone-00001-of-00002.gguf",
+            HF_ENDPOINT=address,
+            HF_HOME=str(cache),
+            no_proxy="*",
+        )
+        lines = process.communicate(timeout=60)[0].splitlines()
+    first = Path(lines[0])
+    assert first.name == "large-00001-of-00003.gguf" and lines[1] == lines[0]
+    files = sorted(first.parent.glob("*.gguf"))
+    assert [file.read_bytes() for file in files] == list(hub.PARTS.values())
+    assert lines[2].startswith("DownloadError: ") and f"is {digest} instead of 000" in lines[2]
+    # What is missing is missed before anything is fetched.
+    assert "alone-00002-of-00002.gguf could not be fetched" in lines[3]
+    assert ("GET", hub.ALONE) not in requests
+    (entry,) = cached_models()
+    assert (entry.name, entry.nbytes, entry.sha256) == (part.format(1), len(whole), digest)
+    files[2].unlink()
+    assert cached_models() == []
+    assert remove(part.format(3)) >= 3000
 
 
 def test_no_hub(cache):
