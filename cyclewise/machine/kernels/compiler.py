@@ -61,9 +61,11 @@ def _triple(target: Target) -> str:
 
 def _target_machine(target: Target) -> Any:
     _initialize(native=not target.triple)
-    # LLVM's options belong to the process, and those of the last call hold.
-    for option in ("enable-misched", "x86-machine-combiner"):
-        binding.set_option("", f"-{option}={int(not target.keeps_order)}")
+    # LLVM's options belong to the process, those of the last call hold, and one that it was not
+    # built with would end the process.
+    if target.is_x86:
+        for option in ("enable-misched", "x86-machine-combiner"):
+            binding.set_option("", f"-{option}={int(not target.keeps_order)}")
     return binding.Target.from_triple(_triple(target)).create_target_machine(
         cpu=target.cpu,
         features=target.features,
