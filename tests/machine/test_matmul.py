@@ -45,13 +45,13 @@ def float_inputs(rng, tokens, columns):
     return x * np.exp(rng.standard_normal((tokens, 1))).astype(np.float32)
 
 
-@pytest.mark.parametrize("columns", [256, 1024, 1280, 2304])
+@pytest.mark.parametrize("columns", [256, 2048, 2304, 4352])
 @pytest.mark.parametrize("format_name", BLOCK_FORMATS)
 def test_blocks_times_every_number_of_tokens(format_name, columns):
     """Columns of one panel, a whole one, one and a bit, and two and a bit."""
     rng = np.random.default_rng(columns)
     data = random_rows(rng, format_name, 16, columns, 0.01)
-    token_counts = TOKENS if columns == 1280 else (1, 3, 8, 25, 34)
+    token_counts = TOKENS if columns == 2304 else (1, 3, 8, 25, 34)
     check(format_name, data, float_inputs(rng, max(token_counts), columns), token_counts)
 
 
@@ -59,7 +59,7 @@ def test_blocks_times_every_number_of_tokens(format_name, columns):
 @pytest.mark.parametrize("format_name", ["Q8_0", "Q6_K", "Q2_K"])
 def test_tiles_change_no_bit(format_name, tiles):
     rng = np.random.default_rng(1)
-    columns = 1280
+    columns = 2304
     tile = pack(format_name, random_rows(rng, format_name, 16, columns, 0.01), columns)
     x = float_inputs(rng, max(TOKENS), columns)
     compiler = Compiler()
@@ -182,7 +182,7 @@ def test_activations_of_nothing(format_name):
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_a_token_gets_the_same_bits_beside_any_others(format_name):
     rng = np.random.default_rng(7)
-    columns = 1280
+    columns = 2304
     data = random_rows(rng, format_name, 16, columns, 0.01)
     tile = pack(format_name, data, columns)
     x = float_inputs(rng, 40, columns)
