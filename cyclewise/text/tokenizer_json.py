@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 _SECRET = "\U0010ffff"
 """A noncharacter, taken out of every text: names of control tokens are made of it."""
-_MAX_ID = 1 << 22
+_MAX_ID = 1 << 20  # the largest known vocabulary has 0.9 million
+_MAX_NESTING = 8
+_MAX_GROWTH = 64  # times that a text may become longer, and characters put before it
 _SPACE = re.compile("[ \t\n\r]*")
 _WHERE = "tokenizer.json"
 _FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
@@ -45,6 +48,7 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         parsed, texts = _parse(metadata[TOKENIZER_JSON])
         settings = metadata.get(TOKENIZER_CONFIG, {})
+        _check_growth(parsed)
         added = _added_tokens(parsed, settings)
         vocabulary = _vocabulary(parsed, settings, added, metadata.get(STOP_IDS, []))
         hidden = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
@@ -90,7 +94,9 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        for found in self._library.encode(text, add_special_tokens=False).ids:
+        with _guarded("it fails on this text"):
+            encoding = self._library.encode(text, add_special_tokens=False)
+        for found in encoding.ids:
             if found in self._true_ids:
                 ids.append(self._true_ids[found])
             elif found in self._spelled:  # merges, or a whole word, that make a control token
@@ -106,6 +112,17 @@ def _clean(text: str) -> str:
 
 def _damaged(what: str) -> ModelFileError:
     return ModelFileError(f"{_WHERE}: {what}: the file is damaged, fetch it again")
+
+
+@contextmanager
+def _guarded(what: str) -> Iterator[None]:
+    """What the library raises is of no class of its own, and it may panic."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise _damaged(f"{what} ({error})".partition("\n")[0][:200]) from None
 
 
 def _parse(text: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -157,11 +174,12 @@ def _added_tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> lis
             raise _damaged(f"an added token has the id {entry.get('id')!r}"[:80])
         tokens[entry["id"]] = dict(entry)
     for key, entry in more.items():
-        if isinstance(entry, dict) and _content(entry) and key.isdecimal() and int(key) < _MAX_ID:
+        is_id = key.isdecimal() and len(key) < 9 and int(key) < _MAX_ID
+        if isinstance(entry, dict) and _content(entry) and is_id:
             tokens.setdefault(int(key), {**_FLAGS, **entry, "id": int(key)})
     named = {_content(settings.get(f"{name}_token")) for name in _NAMED}
     others = settings.get("additional_special_tokens") or []
-    named |= {_content(other) for other in others if isinstance(others, list)}
+    named |= {_content(other) for other in (others if isinstance(others, list) else [])}
     for entry in tokens.values():
         entry["special"] = bool(entry.get("special")) or entry["content"] in named
     return [tokens[i] for i in sorted(tokens) if tokens[i]["content"]]
@@ -250,13 +268,28 @@ def _model_ids(model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _parts(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """A decoder, pre-tokenizer or post-processor, and what a sequence of them is made of."""
-    if isinstance(part, dict) and depth < 8:
+    """A decoder, pre-tokenizer or the like, and what a sequence of them is made of."""
+    if depth > _MAX_NESTING:
+        raise _damaged("its parts are nested too deeply")
+    if isinstance(part, dict):
         yield part
-        for key in ("decoders", "pretokenizers", "processors"):
+        for key in ("decoders", "pretokenizers", "processors", "normalizers"):
             inner = part.get(key)
             for each in inner if isinstance(inner, list) else []:
                 yield from _parts(each, depth + 1)
+
+
+def _check_growth(parsed: Mapping[str, Any]) -> None:
+    """That normalizers, one after the other, cannot make an endless text of a short one."""
+    growth, added = 1, 0
+    for part in _parts(parsed.get("normalizer")):
+        content, pattern = part.get("content"), part.get("pattern")
+        if part.get("type") == "Replace" and isinstance(content, str):
+            found = _member(pattern, "String")
+            growth *= max(1, len(content) // max(1, len(found if isinstance(found, str) else "")))
+        added += len(_content(part.get("prepend")))
+        if growth > _MAX_GROWTH or added > _MAX_GROWTH:
+            raise _damaged("its normalizer makes texts too long")
 
 
 def _decoder(parsed: Mapping[str, Any]) -> tuple[str, bool, bool]:
@@ -297,14 +330,15 @@ def _template_ids(parsed: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         if part.get("type") == "TemplateProcessing":
             side = before
             special = part.get("special_tokens")
-            for step in part.get("single") or []:
+            steps = part.get("single")
+            for step in steps if isinstance(steps, list) else [steps]:
                 if not isinstance(step, dict) or not isinstance(special, dict):
                     raise _damaged("its post-processor is no template")
                 if "Sequence" in step:
                     side = after
                     continue
-                name = (step.get("SpecialToken") or {}).get("id")
-                ids = (special.get(name) or {}).get("ids")
+                name = _member(step.get("SpecialToken"), "id")
+                ids = _member(special.get(name) if isinstance(name, str) else None, "ids")
                 if not isinstance(ids, list) or not all(type(i) is int for i in ids):
                     raise _damaged("its post-processor names a token that is not there")
                 side += ids
@@ -314,6 +348,10 @@ def _template_ids(parsed: Mapping[str, Any]) -> tuple[list[int], list[int]]:
                 if isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int:
                     side.append(pair[1])
     return before, after
+
+
+def _member(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _flags(
@@ -363,12 +401,8 @@ def _library(texts: dict[str, str], added: list[dict[str, Any]], secrets: Mappin
     none = dict.fromkeys(("post_processor", "truncation", "padding"), "null")
     members = {**texts, "added_tokens": json.dumps(renamed), **none}
     text = ",".join(f"{json.dumps(key)}:{member}" for key, member in members.items())
-    try:
+    with _guarded("it cannot be used"):
         return Library.from_str(f"{{{text}}}")
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library raises no class of its own, and may panic
-        raise _damaged(str(error).partition("\n")[0][:200]) from None
 
 
 def _speller(vocabulary: Vocabulary) -> Callable[[str], list[int]]:

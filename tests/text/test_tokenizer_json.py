@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import random
 
@@ -212,6 +213,46 @@ def test_damaged_files():
     ):  # fmt: skip
         with pytest.raises(ModelFileError, match=reason):
             make(text)
+
+
+def template(single, special=None):
+    return {"type": "TemplateProcessing", "single": single, "special_tokens": special or {}}
+
+
+@pytest.mark.parametrize("part", [
+    {"post_processor": template(3.5)}, {"post_processor": template([{"SpecialToken": "<s>"}])},
+    {"post_processor": template([{"SpecialToken": {"id": ["<s>"]}}])},
+    {"post_processor": template([{"SpecialToken": {"id": "<s>"}}], {"<s>": "<s>"})},
+    {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 10}] * 9}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "o"}, "content": "o" * 100}},
+    {"normalizer": {"type": "Prepend", "prepend": "o" * 100}},
+    {"decoder": functools.reduce(lambda p, _: {"type": "Sequence", "decoders": [p]}, range(9), {})},
+])  # fmt: skip
+def test_hostile_parts(part):
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        make(json.dumps(json.loads(byte_level().to_str()) | part))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"additional_special_tokens": 3}, {"added_tokens_decoder": {"1" * 5000: {"content": "z"}}}],
+)
+def test_hostile_settings_name_no_token(settings):
+    assert make(byte_level().to_str(), settings).encode("hello world")
+
+
+def test_a_library_that_panics_fails_in_a_sentence():
+    whole = json.loads(byte_level().to_str())
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(l+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    tokenizer = make(json.dumps(whole | {"pre_tokenizer": split}))
+    with pytest.raises(ModelFileError, match="fails on this text"):
+        tokenizer.encode("l" * 40 + "o")
 
 
 def test_kinds_that_no_decoder_has():
