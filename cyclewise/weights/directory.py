@@ -8,6 +8,7 @@ file is a program, and loading it runs it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from cyclewise.weights.source import PICKLES
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_SHARD = re.compile(r"[A-Za-z0-9_.+-]{1,200}\.safetensors")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -127,7 +129,7 @@ def _shards(path: Path) -> list[Path]:
             raise ModelFileError(f"{path / _INDEX}: weight_map is missing or no object")
         files = sorted({str(name) for name in names.values()})
         for file in files:
-            if Path(file).name != file or not file.endswith(".safetensors"):
+            if _SHARD.fullmatch(file) is None:
                 raise ModelFileError(f"{path / _INDEX}: {shown(file)} is no name of a shard")
             if not (path / file).exists():
                 raise ModelFileError(

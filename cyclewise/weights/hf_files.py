@@ -7,6 +7,7 @@ this; `text/` and the engine's defaults read what comes out.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def read_text(path: Path) -> str | None:
     Raises ModelFileError for one that is too large, cannot be read or is no UTF-8.
     """
     try:
-        if path.stat().st_size > _MAX_JSON:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would wait, and a device has no end
+            raise ModelFileError(f"{path}: not a regular file")
+        if status.st_size > _MAX_JSON:
             raise ModelFileError(f"{path}: over {_MAX_JSON >> 20} MB of text cannot be meant")
         return path.read_text("utf-8")
     except (FileNotFoundError, NotADirectoryError):

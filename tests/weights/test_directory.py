@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -179,6 +180,19 @@ def test_a_directory_and_a_gguf_file_give_the_same_bytes(tmp_path):
         assert ours.data(name).tobytes() == theirs.data(name).tobytes()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_pipes_and_devices_are_not_waited_for(tmp_path, name):
+    write(tmp_path, config("llama"), weights("llama"))
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(path)
+        with pytest.raises(ModelFileError, match="not a regular file"):
+            open_source(tmp_path)
+        path.unlink()
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "m.ckpt"])
 def test_pickle_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK\3\4")
@@ -215,6 +229,11 @@ def test_what_is_missing_is_named(tmp_path):
     edit(index, weight_map={"a": "../outside.safetensors"})
     with pytest.raises(ModelFileError, match=r"'\.\./outside\.safetensors' is no name of a shard"):
         open_source(tmp_path)
+    for name in ("x" * 300, "a\0b", "a\nb", "\ud800", "/etc/x", "C:\\x", ""):
+        edit(index, weight_map={"a": f"{name}.safetensors"})
+        with pytest.raises(ModelFileError, match="is no name of a shard") as caught:
+            open_source(tmp_path)
+        assert str(caught.value).isprintable()
     more = json.loads(whole)["weight_map"] | {"extra": "model-00001-of-00003.safetensors"}
     edit(index, weight_map=more)
     with pytest.raises(ModelFileError, match="no shard holds tensor 'extra'"):
