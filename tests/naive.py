@@ -210,12 +210,22 @@ def _i4(block: Bytes) -> Blocks:
     )
 
 
+def _i8(block: Bytes) -> Blocks:
+    rows, num_blocks, _ = block.shape
+    codes = block[..., 3:].view(np.int8).astype(np.int64).reshape(rows, -1, 32)
+    scale, zero_point = _half(block[..., :2]), block[..., 2].view(np.int8).astype(np.float32)
+    groups = codes.shape[1] // num_blocks
+    return Blocks(
+        codes, np.repeat(scale, groups, axis=1), np.repeat(-(scale * zero_point), groups, axis=1)
+    )
+
+
 _DECODERS: dict[str, tuple[int, Callable[[Bytes], Blocks]]] = {
     "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1),
     "Q8_0": (34, _q8_0), "Q2_K": (84, _q2_k), "Q3_K": (110, _q3_k), "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k), "IQ4_NL": (18, _iq4_nl),
     "IQ4_XS": (136, _iq4_xs), "MXFP4": (17, _mxfp4), "I4_32": (19, _i4), "I4_64": (35, _i4),
-    "I4_128": (67, _i4),
+    "I4_128": (67, _i4), "I8_32": (35, _i8), "I8_64": (67, _i8), "I8_128": (131, _i8),
 }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Hugging Face directories as a source of weights: config.json, safetensors and what lies beside.
 
 In: a directory. Out: metadata and tensors under GGUF's names (`source.py`), which the readers of
-GGUF files understand. Weights stay as they are stored, F32, F16 or BF16; only Gemma's norms gain
-the 1 that GGUF has added, and GPT-2's matrices are turned round. Nothing here reads pickle: such a
-file is a program, and loading it runs it.
+GGUF files understand. Weights stay as they are stored, F32, F16 or BF16, or integers in the layouts
+that `published.py` reads; only Gemma's norms gain the 1 that GGUF has added, and GPT-2's matrices
+are turned round. Nothing here reads pickle: such a file is a program, and loading it runs it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from cyclewise.weights.hf_config import HFConfig, read_hf_config
 from cyclewise.weights.hf_files import read_object, text_metadata
 from cyclewise.weights.hf_names import NameMap
 from cyclewise.weights.mapped import shown
+from cyclewise.weights.published import IGNORED, Files, Layout, read_layout
+from cyclewise.weights.rows import make_rows
 from cyclewise.weights.safetensors import ITEM_BYTES, SafetensorsFile, StoredTensor
 from cyclewise.weights.source import PICKLES
 
@@ -60,6 +62,7 @@ class ModelDirectory:
         self.path = Path(path)
         with ExitStack() as files:
             config = _config(self.path)
+            layout = _layout(self.path, config)
             shards = _shards(self.path)
             opened = [files.enter_context(SafetensorsFile(shard)) for shard in shards]
             stored = _stored(opened, self.path)
@@ -69,7 +72,9 @@ class ModelDirectory:
                 **config.metadata,
                 **text_metadata(self.path, config.values),
             }
-            self.tensors: Mapping[str, DirectoryTensor] = _tensors(stored, config, self.path)
+            self.tensors: Mapping[str, DirectoryTensor] = _tensors(
+                stored, config, layout, self.path
+            )
             self._open = files.pop_all()
 
     def data(self, name: str) -> Bytes:
@@ -168,32 +173,78 @@ def _stored(files: list[SafetensorsFile], path: Path) -> dict[str, SafetensorsFi
     return where
 
 
+def _layout(path: Path, config: HFConfig) -> Layout | None:
+    values = dict(config.values)
+    if "quantization_config" not in values:  # where earlier versions of GPTQ's tools wrote it
+        beside = read_object(path / "quantize_config.json")
+        if beside is not None:
+            values["quantization_config"] = {"quant_method": "gptq", **beside}
+    return read_layout(values, str(path / "config.json"))
+
+
+def _modules(
+    stored: dict[str, SafetensorsFile], names: NameMap
+) -> dict[str, dict[str, SafetensorsFile]]:
+    """Each module's tensors by the last part of their names, and the files that hold them."""
+    modules: dict[str, dict[str, SafetensorsFile]] = {}
+    for tensor, file in stored.items():
+        if not names.is_ignored(tensor):
+            module, _, kind = tensor.rpartition(".")
+            modules.setdefault(module, {})[kind] = file
+    return modules
+
+
 def _tensors(
-    stored: dict[str, SafetensorsFile], config: HFConfig, path: Path
+    stored: dict[str, SafetensorsFile], config: HFConfig, layout: Layout | None, path: Path
 ) -> dict[str, DirectoryTensor]:
     names = NameMap(config.model_type)
     tensors: dict[str, DirectoryTensor] = {}
-    for source, file in stored.items():
-        if names.is_ignored(source):
-            continue
-        module, _, kind = source.rpartition(".")
+    for module, all_files in _modules(stored, names).items():
+        files: Files = all_files
         stem = names.of_module(module)
-        if stem is None or kind not in ("weight", "bias"):
-            raise UnsupportedModelError(
-                f"{file.path}: a model of type {config.model_type} has no tensor {shown(source)} "
-                "that is known here"
-            )
         if stem == "output" and config.values.get("tie_word_embeddings") is True:
             continue
-        name = f"{stem}.{kind}"
-        if name in tensors:
-            raise ModelFileError(f"{path}: tensor {shown(source)} is there under two names")
-        tensors[name] = _tensor(name, file, file.tensors[source], config.model_type)
+        found: dict[str, DirectoryTensor] = {}
+        if stem is not None and layout is not None and layout.holds(files):
+            found["weight"], files = _quantized(f"{stem}.weight", module, files, layout)
+        for kind, file in files.items():
+            source = f"{module}.{kind}"
+            if stem is None or kind not in ("weight", "bias"):
+                raise UnsupportedModelError(
+                    f"{file.path}: a model of type {config.model_type} has no tensor "
+                    f"{shown(source)} that is known here"
+                )
+            tensor = file.tensors[source]
+            found[kind] = _tensor(f"{stem}.{kind}", file, tensor, config.model_type)
+        for kind, made in found.items():
+            if made.name in tensors:
+                raise ModelFileError(
+                    f"{path}: tensor {shown(f'{module}.{kind}')} is there under two names"
+                )
+            tensors[made.name] = made
     if config.values.get("tie_word_embeddings") is False and "output.weight" not in tensors:
         raise ModelFileError(f"{path}: tensor 'lm_head.weight' is missing")
     for name, factors in config.factors.items():
         tensors[name] = _constant(name, factors)
     return tensors
+
+
+def _quantized(
+    name: str, module: str, files: Files, layout: Layout
+) -> tuple[DirectoryTensor, Files]:
+    """The matrix of a quantized module, and the module's other tensors."""
+    matrix, used = layout.matrix(module, files)
+    rest = {kind: files[kind] for kind in files if kind not in (*used, *IGNORED)}
+    # GPTQ's tools give every matrix a bias, of zeros where the model has none.
+    if "bias" in rest and not rest["bias"].data(f"{module}.bias").any():
+        del rest["bias"]
+
+    def make() -> Bytes:
+        return make_rows(matrix.rows, matrix.columns, matrix.row_bytes, matrix.writer())
+
+    shape, nbytes = (matrix.rows, matrix.columns), matrix.rows * matrix.row_bytes
+    stored = tuple((files[kind], f"{module}.{kind}") for kind in used)
+    return DirectoryTensor(name, matrix.format, shape, nbytes, make, stored), rest
 
 
 def _tensor(

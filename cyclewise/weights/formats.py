@@ -3,8 +3,8 @@
 The GGUF reader turns the format number of each tensor into a `Format`; `models/` and the packing of
 weights read it. Numbers, names and sizes are those of ggml (`ggml_type` and its block structures).
 
-Three formats are ours, for the 4-bit integers of GPTQ, AWQ and compressed-tensors: I4_32, I4_64 and
-I4_128, whose blocks are 32, 64 or 128 columns of a row. A block is
+Six formats are ours, for the integers of GPTQ, AWQ and compressed-tensors. Of 4 bits: I4_32, I4_64
+and I4_128, whose blocks are 32, 64 or 128 columns of a row. A block is
 
     byte 0..1   float16 scale, little endian
     byte 2      uint8 zero point
@@ -12,6 +12,8 @@ I4_128, whose blocks are 32, 64 or 128 columns of a row. A block is
                 its low half, of column j + 16 in its high half (as in ggml's Q4_0)
 
 and a weight is `scale * (code - zero_point)`, code in 0..15: zero point 8 for symmetric weights.
+Of 8 bits: I8_32, I8_64 and I8_128 likewise, where zero point and codes are signed bytes, one code a
+column: zero point 0 for symmetric weights.
 """
 
 from __future__ import annotations
@@ -54,6 +56,9 @@ FORMATS: dict[str, Format] = {
         Format("I4_32", None, 32, 19),
         Format("I4_64", None, 64, 35),
         Format("I4_128", None, 128, 67),
+        Format("I8_32", None, 32, 35),
+        Format("I8_64", None, 64, 67),
+        Format("I8_128", None, 128, 131),
     )
 }
 

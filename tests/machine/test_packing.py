@@ -29,13 +29,17 @@ def dequantized(format_name, data):
 
 
 def integers(row, block):
-    """A row of 4-bit integers with a zero point, weight after weight."""
-    values = []
+    """A row of integers with a zero point, weight after weight."""
+    values, is_signed = [], block.name.startswith("I8")
     for at in range(0, len(row), block.block_bytes):
         scale, zero_point = row[at : at + 2].view(np.float16)[0], int(row[at + 2])
+        zero_point -= 256 * (is_signed and zero_point > 127)
         for column in range(block.block_size):
-            byte = int(row[at + 3 + column // 32 * 16 + column % 16])
-            code = byte >> 4 if column % 32 >= 16 else byte & 15
+            if is_signed:
+                code = int(row[at + 3 + column].view(np.int8))
+            else:
+                byte = int(row[at + 3 + column // 32 * 16 + column % 16])
+                code = byte >> 4 if column % 32 >= 16 else byte & 15
             values.append(np.float32(scale) * np.float32(code - zero_point))
     return np.array(values, np.float32)
 

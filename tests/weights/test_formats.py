@@ -9,7 +9,9 @@ from cyclewise.weights.formats import FORMATS, format_of
 
 def test_formats_agree_with_ggml():
     of_ggml = {name: found for name, found in FORMATS.items() if found.ggml_id is not None}
-    assert set(FORMATS) - set(of_ggml) == {"I4_32", "I4_64", "I4_128"}
+    assert set(FORMATS) - set(of_ggml) == {
+        "I4_32", "I4_64", "I4_128", "I8_32", "I8_64", "I8_128"
+    }  # fmt: skip
     for name, block_format in of_ggml.items():
         kind = gguf.GGMLQuantizationType[name]
         assert format_of(kind.value) is block_format

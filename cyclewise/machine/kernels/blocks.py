@@ -117,6 +117,36 @@ class I4_128(I4_64):
     name, groups_per_block, block_bytes = "I4_128", 4, 1088
 
 
+class I8_32(BlockFormat):
+    """16 float16 scales, 16 bytes of signed zero points, 512 bytes of signed codes."""
+
+    name, bits, has_minimum, block_bytes = "I8_32", 8, True, 560
+    prefetch_bytes = 1024
+
+    def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
+        return load_words(emitter, block + 48 + group * 512 + step * 64, part)
+
+    def scale(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
+        return load_halves(emitter, block, part)
+
+    def minimum(self, emitter: Emitter, block: Value, group: Group, part: int) -> Value:
+        zero_points = emitter.to_float(load_bytes(emitter, block + 32, part, "sext"))
+        value = self.scale(emitter, block, group, part) * zero_points
+        return emitter.constant(-0.0, value.type) - value
+
+
+class I8_64(I8_32):
+    """The same with 2 groups of codes."""
+
+    name, groups_per_block, block_bytes = "I8_64", 2, 1072
+
+
+class I8_128(I8_32):
+    """The same with 4."""
+
+    name, groups_per_block, block_bytes = "I8_128", 4, 2096
+
+
 class Q8_0(BlockFormat):
     """512 bytes of signed codes, 16 float16 scales. The codes are read signed (zero point 0)."""
 
@@ -133,7 +163,7 @@ class Q8_0(BlockFormat):
 BLOCK_FORMATS: dict[str, BlockFormat] = {
     kind.name: kind() for kind in (
         Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4,
-        I4_32, I4_64, I4_128,
+        I4_32, I4_64, I4_128, I8_32, I8_64, I8_128,
     )
 }  # fmt: skip
 

@@ -29,6 +29,7 @@ SOURCE_BLOCK = {
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
     "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "MXFP4": (32, 17),
     "I4_32": (32, 19), "I4_64": (64, 35), "I4_128": (128, 67),
+    "I8_32": (32, 35), "I8_64": (64, 67), "I8_128": (128, 131),
 }  # fmt: skip
 """Columns and bytes of a file's block."""
 
@@ -252,11 +253,19 @@ def _i4(kind: BlockFormat, emitter: Emitter, source: Value, to: Value, lane: Val
         _copy_words(emitter, source + 3 + 16 * group, words, 4)
 
 
+def _i8(kind: BlockFormat, emitter: Emitter, source: Value, to: Value, lane: Value) -> None:
+    _copy(emitter, source, to + lane * 2, I16)
+    _copy(emitter, source + 2, to + 32 + lane, I8)
+    for group in range(kind.groups_per_block):
+        _copy_words(emitter, source + 3 + 32 * group, to + 48 + group * 512 + lane * 4, 8)
+
+
 _BLOCKS: dict[str, Callable[[Emitter, Value, Value, Value], None]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0,
     "Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k,
     "IQ4_NL": _q4_0, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4,
     **{name: partial(_i4, BLOCK_FORMATS[name]) for name in ("I4_32", "I4_64", "I4_128")},
+    **{name: partial(_i8, BLOCK_FORMATS[name]) for name in ("I8_32", "I8_64", "I8_128")},
 }  # fmt: skip
 
 
