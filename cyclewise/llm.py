@@ -143,7 +143,7 @@ class LLM:
         self._draft = None if draft is None else self._load_draft(draft, threads)
         self.speculate = speculate  # from the next generation on
         drafting = None if self._draft is None else Engine(self._draft)
-        self._speculation = Speculation(drafting)
+        self._speculation = Speculation(self.engine.vocab_size, drafting)
         self._sequence = self.engine.new_sequence()
         self._template: ChatTemplate | None = None
         self._structures: Structures | None = None
@@ -386,8 +386,8 @@ class LLM:
             seconds_to_first_token=prefill_seconds,
             prefill_tokens_per_second=(len(prompt_ids) - reused) / prefill_seconds,
             decode_tokens_per_second=num_decoded / decode_seconds if num_decoded else 0.0,
-            guessed_tokens=speculator.num_guessed,
-            accepted_tokens=speculator.num_right,
+            guessed_tokens=sum(voice.generation.num_guessed for voice in voices),
+            accepted_tokens=sum(voice.generation.num_accepted for voice in voices),
             finish_reason=first.finish_reason,
             logprobs=first.logprobs,
             prompt_logprobs=None if scores is None else [None, *map(self._logprob, scores)],
@@ -402,6 +402,8 @@ class LLM:
 
         Returns how many tokens were reused, and the scores of the prompt's tokens.
         """
+        from cyclewise.engine.kvcache import common_prefix
+
         engine, sequence = self.engine, self._sequence
         if params.prompt_logprobs is not None:
             from cyclewise.engine.logprobs import score_prompt
@@ -409,7 +411,7 @@ class LLM:
             engine.free(sequence)
             return 0, list(score_prompt(engine, sequence, prompt_ids, params.prompt_logprobs))
         # at least one token is evaluated, for its logits
-        reused = min(_common_prefix(sequence.token_ids, prompt_ids), len(prompt_ids) - 1)
+        reused = min(common_prefix(sequence.token_ids, prompt_ids), len(prompt_ids) - 1)
         sequence.truncate(reused)
         if params.n > 1:  # that all answers fork from
             engine.evaluate(sequence, prompt_ids[reused:-1], "none")
@@ -466,15 +468,6 @@ class _Voice:
         if self.finish_reason is not None:
             text += self.answer.end()
         return text
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,6 @@ would have been chosen one by one. `llm.py` makes text of them, and ends at stop
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +49,8 @@ class Generation:
         self.sequence = sequence
         self.finish_reason: Ending | None = None
         self.num_generated = 0
+        self.num_guessed = 0  # tokens that steps have verified
+        self.num_accepted = 0  # those of them that came true
         self.scores: list[Score] = []  # of each token generated, if `params.logprobs` asks for it
         self.request = engine.request(sequence, token_ids)  # what the next steps run
         self._engine = engine
@@ -68,7 +69,7 @@ class Generation:
 
     def copy_sampler(self) -> Sampler:
         """A sampler that would choose what this one will: with its random numbers to come."""
-        return copy.deepcopy(self._sampler)
+        return self._sampler.copy()
 
     def draft(self, token_ids: SequenceOf[int]) -> int:
         """Guess what follows the token chosen last; the next step verifies it. Returns how many of
@@ -107,6 +108,7 @@ class Generation:
         first = len(sequence) - len(self._drafted)  # tokens before the one to choose
         token_ids = sequence.token_ids[max(0, first - REPETITION_WINDOW) : first]
         chosen: list[int] = []
+        num_right = 0
         for row, guess in zip(logits, [*self._drafted, None], strict=True):
             token_id = self._sampler.sample(row, token_ids, self._structure)
             if token_id in self._stop_ids:
@@ -126,7 +128,10 @@ class Generation:
                 break
             if token_id != guess:
                 break
-        sequence.truncate(first + max(0, len(chosen) - 1))
+            num_right += 1
+        sequence.truncate(first + num_right)
+        self.num_guessed += len(self._drafted)
+        self.num_accepted += num_right
         self._drafted = []
         if self.finish_reason is None:
             self.request = self._engine.request(sequence, chosen[-1:])

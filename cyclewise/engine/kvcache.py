@@ -11,6 +11,7 @@ be written is copied first if another sequence holds it too.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,3 +131,13 @@ class Sequence:
         for page in other.pages.tolist():
             self._pool.share(page)
         return other
+
+
+def common_prefix(first: SequenceOf[int], second: SequenceOf[int]) -> int:
+    """How many tokens two lists begin alike with."""
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

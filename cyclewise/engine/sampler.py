@@ -81,6 +81,14 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             self._counts = {}
 
+    def copy(self) -> Sampler:
+        """One that would choose alike from here on."""
+        other = Sampler(self.params)
+        if self._random is not None and other._random is not None:
+            other._random.setstate(self._random.getstate())
+        other._counts = None if self._counts is None else self._counts.copy()
+        return other
+
     def sample(
         self,
         logits: npt.NDArray[np.float32],

@@ -23,24 +23,32 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from cyclewise.engine.generation import advance
+from cyclewise.engine.kvcache import common_prefix
 from cyclewise.errors import InvalidParameterError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from cyclewise.engine.engine import Engine
     from cyclewise.engine.generation import Generation
-    from cyclewise.engine.kvcache import Sequence
 
 NUM_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
 """Tokens of a step that verifies: one that is certain, the others guessed."""
 MOST = NUM_ROWS[-1] - 1
 """Tokens of a guess."""
 LOSS_SHARE = 0.01
-"""Of the time that decoding has taken, what guesses may have cost in vain."""
+"""Of the time that decoding has taken, what guesses may have cost more than they gained."""
+MOST_STEPS = 30
+"""Steps of one token, whose time guesses may cost at once: however much was gained before."""
 LEAST_GAIN = 1.03
 """Speed that must be expected of a guess, relative to none."""
 _NEWEST = 0.2
-"""Weight of the newest measurement of a step's time."""
+"""Weight of the newest measurement of a time."""
+_MANY = 8
+"""Tokens of a step whose time is that of reading."""
 
 
 @dataclass(slots=True)
@@ -54,7 +62,7 @@ class Guess:
 class Drafter(Protocol):
     """Where guesses come from, for one generation."""
 
-    def propose(self, generation: Generation, costs: StepCosts) -> Guess:
+    def propose(self, generation: Generation, account: Account) -> Guess:
         """What may follow the generation's tokens: at most MOST tokens, or none."""
 
 
@@ -83,9 +91,8 @@ class StepCosts:
                 self._learn(num_rows, seconds / earlier * self._ratio(rows))
         self._before = num_rows, seconds
         pace = seconds / self._ratio(num_rows)
-        if self.plain:  # a step that was disturbed counts as twice the usual at most
-            pace = self.plain + _NEWEST * (min(pace, 2 * self.plain) - self.plain)
-        self.plain = pace
+        # a step that was disturbed counts as twice the usual at most
+        self.plain = _smooth(self.plain, min(pace, 2 * self.plain) if self.plain else pace)
 
     def of(self, num_rows: int) -> float:
         """What a step of `num_rows` tokens will take."""
@@ -102,6 +109,11 @@ class StepCosts:
         return self._ratios[below] * _shape(num_rows) / _shape(below)
 
 
+def _smooth(before: float, newest: float) -> float:
+    """A measured time with those before it, if there are any."""
+    return before + _NEWEST * (newest - before) if before else newest
+
+
 def _shape(num_rows: int) -> float:
     """How a step grows with its tokens where nothing was measured: the weights once, and the
     arithmetic of each token.
@@ -110,7 +122,10 @@ def _shape(num_rows: int) -> float:
 
 
 class _Chance:
-    """How often something came true, with a belief to begin with."""
+    """How often something came true of late, with a belief to begin with."""
+
+    MEMORY = 30
+    """Times that count."""
 
     def __init__(self, right: float, wrong: float) -> None:
         self._right, self._wrong = right, wrong
@@ -119,13 +134,20 @@ class _Chance:
     def value(self) -> float:
         return self._right / (self._right + self._wrong)
 
-    def learn(self, right: int, wrong: int) -> None:
+    def learn(self, right: int, wrong: float) -> None:
         self._right += right
         self._wrong += wrong
+        share = min(1.0, self.MEMORY / (self._right + self._wrong))
+        self._right *= share
+        self._wrong *= share
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did after the same words."""
+    """Guesses that the text goes on as it did after the same words.
+
+    A rewritten text differs from its source, and often in the same way again (a name, a space
+    before a comma): what took a token's place once is expected in its place from then on.
+    """
 
     LONGEST = 32
     """Tokens of a match that are compared."""
@@ -135,7 +157,10 @@ class PromptLookup:
     """How far from where copying broke off a single token is looked for, and for how long."""
 
     def __init__(self) -> None:
-        self._token_ids: list[int] = []
+        self._num_known = 0
+        self._text: list[int] = []  # a token that took another's place stands there as the other
+        self._instead: dict[int, int] = {}  # a token -> what took its place
+        self._differed: tuple[int, int] | None = None  # the same, if copying goes on behind it
         self._latest: dict[tuple[int, int], int] = {}  # a pair -> where it last ended
         self._earlier: list[int] = [-1]  # by place: where the pair that ends there ended before
         self._source = -1  # the place that the next token would be copied from
@@ -148,19 +173,24 @@ class PromptLookup:
         }  # fmt: skip
         self._later = _Chance(4, 1)
 
-    def propose(self, generation: Generation, costs: StepCosts) -> Guess:
-        num_known = len(self._token_ids)
-        self._extend(generation.token_ids)
-        self._learn(self._token_ids[num_known:])
-        self._follow(num_known)
+    def propose(self, generation: Generation, account: Account) -> Guess:
+        known = generation.token_ids
+        new = known[self._num_known :]
+        self._num_known = len(known)
+        self._learn(new)
+        for token_id in new:
+            self._follow(token_id)
+        if len(self._text) - self._copied > self.NEAR:
+            self._source = -1
         source, kind = self._find()
         if source < 0:
             self._proposed = []
             return Guess([], [])
         self._source, self._kind = source, kind
         if kind != "behind":
-            self._copied = len(self._token_ids)
-        self._proposed = self._token_ids[source : source + MOST]
+            self._copied = len(self._text)
+        copied = self._text[source : source + MOST]
+        self._proposed = [self._instead.get(token_id, token_id) for token_id in copied]
         later = [self._later.value] * (len(self._proposed) - 1)
         return Guess(self._proposed, [self._chances[kind].value, *later])
 
@@ -168,46 +198,49 @@ class PromptLookup:
         """Compare the last proposal with what came, whether or not a step has verified it."""
         if not (self._proposed and new):
             return
-        num_right = _common_prefix(self._proposed, new)
+        num_right = common_prefix(self._proposed, new)
         self._chances[self._kind].learn(min(1, num_right), int(not num_right))
         if num_right:
             broke = num_right < min(len(new), len(self._proposed))
             self._later.learn(num_right - 1, int(broke))
 
-    def _extend(self, token_ids: SequenceOf[int]) -> None:
-        """Add the pairs of the tokens that are new, but for the last one: it is what is looked
-        for.
+    def _follow(self, token_id: int) -> None:
+        """Add a token. Where it goes on as the source does, move on there; over the first one that
+        differs too: it may have taken the other's place.
         """
-        known = self._token_ids
-        for place in range(max(1, len(known) - 1), len(token_ids) - 1):
-            pair = (token_ids[place - 1], token_ids[place])
-            if place == len(self._earlier):
-                self._earlier.append(self._latest.get(pair, -1))
-            self._latest[pair] = place
-        known.extend(token_ids[len(known) :])
-
-    def _follow(self, num_known: int) -> None:
-        """Move on in the source by what was copied since, and over the first token that differed:
-        one may have taken its place.
-        """
-        for place in range(num_known, len(self._token_ids)):
-            if not 0 <= self._source < place:
-                return
-            if self._token_ids[place] == self._token_ids[self._source]:
+        place = len(self._text)
+        if 0 <= self._source < place:
+            copied = self._text[self._source]
+            if token_id in (copied, self._instead.get(copied)):
+                if token_id == copied:
+                    self._instead.pop(copied, None)
+                if self._differed and self._copied == place - 1:
+                    self._instead.update([self._differed])
+                self._differed = None
                 self._source += 1
                 self._copied = place + 1
+                token_id = copied
             elif self._copied == place:
+                self._differed = copied, token_id
                 self._source += 1
-        if len(self._token_ids) - self._copied > self.NEAR:
-            self._source = -1
+        self._add(token_id)
+
+    def _add(self, token_id: int) -> None:
+        """Add a token to the text, and the pair that ends before it: the last one is looked for."""
+        self._text.append(token_id)
+        place = len(self._text) - 2
+        if place > 0:
+            pair = self._text[place - 1], self._text[place]
+            self._earlier.append(self._latest.get(pair, -1))
+            self._latest[pair] = place
 
     def _find(self) -> tuple[int, str]:
         """The place to copy from, and the kind of match; -1 if there is none."""
-        known = self._token_ids
-        if len(known) < 3:
+        text = self._text
+        if len(text) < 3:
             return -1, "pair"
         best, best_length = -1, 1
-        place = self._latest.get((known[-2], known[-1]), -1)
+        place = self._latest.get((text[-2], text[-1]), -1)
         for _ in range(self.CANDIDATES):
             if place < 1:
                 break
@@ -221,116 +254,198 @@ class PromptLookup:
             return best + 1, next(kind for least, kind in kinds if best_length >= least)
         if self._source < 0:
             return -1, "pair"
-        if self._copied == len(known):
+        if self._copied == len(text):
             return self._source, "near"
-        window = known[self._source : min(self._source + self.NEAR, len(known) - 1)]
-        if known[-1] in window:
-            return self._source + window.index(known[-1]) + 1, "near"
-        just_differed = len(known) == self._copied + 1 and self._source < len(known) - 1
+        start = max(0, self._source - 1)
+        window = text[start : min(start + self.NEAR, len(text) - 1)]
+        if text[-1] in window:
+            return start + window.index(text[-1]) + 1, "near"
+        just_differed = len(text) == self._copied + 1 and self._source < len(text) - 1
         return (self._source, "behind") if just_differed else (-1, "pair")
 
     def _length(self, place: int) -> int:
         """How many tokens that end at a place are also the last ones."""
-        known, length = self._token_ids, 2
+        text, length = self._text, 2
         most = min(self.LONGEST, place + 1)
-        while length < most and known[place - length] == known[-1 - length]:
+        while length < most and text[place - length] == text[-1 - length]:
             length += 1
         return length
 
 
 class DraftModel:
-    """Guesses what a smaller model of the same vocabulary would say."""
+    """Guesses what a smaller model of the same vocabulary would say. It stays from generation to
+    generation, and with it what it has learned.
+    """
 
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        """sequence  of the draft model's engine; what it holds already is used if it fits"""
-        self._engine, self._sequence = engine, sequence
-        self._step_seconds = 0.0
+    def __init__(self, engine: Engine, vocab_size: int) -> None:
+        """engine      the draft model's
+        vocab_size  of the model that it guesses for
+        """
+        self._engine = engine
+        self._vocab_size = vocab_size
+        self._sequence = engine.new_sequence()
+        self._num_alike = 0  # of its sequence's tokens, those that are known to be the generation's
         self._num_known = 0
-        self._proposed = Guess([], [])
-        self._right = self._expected = 4.0  # tokens that came true, and that should have
+        self._proposed: list[int] = []
+        self._sure: list[float] = []  # how likely the draft model thought each
+        self._step_seconds = 0.0  # of a token that it guesses
+        self._token_seconds = 0.0  # of one that it reads among others
+        self._accepted = _Chance(1, 1)
+        self._trust = _Chance(4, 0)  # of what it is sure of
 
-    def propose(self, generation: Generation, costs: StepCosts) -> Guess:
-        import numpy as np
+    def begin(self) -> None:
+        """A generation begins."""
+        self._num_alike = self._num_known = 0
+        self._proposed = []
 
+    def propose(self, generation: Generation, account: Account) -> Guess:
         known = generation.token_ids
         self._learn(known[self._num_known :])
         self._num_known = len(known)
+        pending = self._pending(known)
+        gain = self._gain(account.costs)
+        self._proposed, self._sure = [], []
+        if not self._is_worth(len(pending), gain, account):
+            return Guess([], [])
+        trust = min(1.0, self._trust.value)
+        least = (self._row_seconds(account.costs) + self._step_seconds) * gain / account.costs.plain
         sampler = generation.copy_sampler()
-        same = _common_prefix(self._sequence.token_ids, known)
-        self._sequence.truncate(min(same, len(known) - 1))
-        pending = known[len(self._sequence) :]
-        trust = min(1.0, self._right / self._expected)
-        row_seconds = (costs.of(4) - costs.plain) / 3
-        self._proposed = guess = Guess([], [])
         reached = 1.0
-        while len(guess.token_ids) < MOST:
-            if len(self._sequence) + len(pending) > self._engine.context:
+        most = self._most(pending, account)
+        while len(self._proposed) < most:
+            if self._proposed and reached * self._accepted.value < least:
                 break
-            start = perf_counter()
-            logits = self._engine.evaluate(self._sequence, pending)[0]
+            logits = self._evaluate(pending)
             token_id = sampler.sample(logits, known)
             shares = np.exp(logits - logits.max())
-            chance = trust * float(shares[token_id] / shares.sum())
-            if len(pending) == 1:
-                self._step_seconds = perf_counter() - start
-            reached *= chance
-            guess.token_ids.append(token_id)
-            guess.chances.append(chance)
+            self._sure.append(float(shares[token_id] / shares.sum()))
+            self._proposed.append(token_id)
             known.append(token_id)
             pending = [token_id]
-            if reached * costs.plain < row_seconds + self._step_seconds:
-                break  # the next one would not be worth its time
-        return guess
+            reached *= trust * self._sure[-1]
+        return Guess(self._proposed, [trust * sure for sure in self._sure])
+
+    def _pending(self, known: list[int]) -> list[int]:
+        """The tokens that the draft model has not read; what others it has read is forgotten."""
+        alike = self._num_alike
+        alike += common_prefix(self._sequence.token_ids[alike:], known[alike:])
+        self._num_alike = min(alike, len(known) - 1)
+        self._sequence.truncate(self._num_alike)
+        return known[self._num_alike :]
+
+    def _gain(self, costs: StepCosts) -> float:
+        """The speed that the best number of guesses would give, relative to none."""
+        share = self._accepted.value
+        speeds = (
+            (1 - share**rows) / (1 - share) / (costs.of(rows) + (rows - 1) * self._step_seconds)
+            for rows in NUM_ROWS[1:]
+        )
+        return max(speeds) * costs.plain
+
+    def _is_worth(self, num_pending: int, gain: float, account: Account) -> bool:
+        """Whether to guess: where it is expected to pay, as soon as it would have paid for what is
+        to be read first; else where that and a guess in vain are within what may be lost.
+        """
+        reading = (num_pending - 1) * self._token_seconds
+        if gain < LEAST_GAIN:
+            in_vain = self._step_seconds + self._row_seconds(account.costs)
+            return reading + in_vain <= account.allowed
+        return reading <= account.allowed + account.seconds * (1 - 1 / gain)
+
+    def _most(self, pending: list[int], account: Account) -> int:
+        """How many tokens may be guessed: in vain, they must not cost more than is allowed."""
+        if max(pending) >= self._engine.vocab_size:  # the draft model's table ends before
+            return 0
+        costs = account.costs
+        most = min(MOST, self._engine.context - len(self._sequence) - len(pending) + 1)
+        in_vain = (
+            count * self._step_seconds + costs.of(count + 1) - costs.plain
+            for count in range(1, most + 1)
+        )
+        return sum(seconds <= account.allowed for seconds in in_vain)
+
+    def _row_seconds(self, costs: StepCosts) -> float:
+        """What one more token adds to a step."""
+        return (costs.of(4) - costs.plain) / 3
+
+    def _evaluate(self, pending: list[int]) -> npt.NDArray[np.float32]:
+        """The logits that follow, of the other model's tokens; what it takes is noted."""
+        start = perf_counter()
+        logits: npt.NDArray[np.float32] = self._engine.evaluate(self._sequence, pending)[0]
+        seconds = perf_counter() - start
+        if len(pending) == 1:
+            self._step_seconds = _smooth(self._step_seconds, seconds)
+        elif len(pending) >= _MANY:
+            self._token_seconds = _smooth(self._token_seconds, seconds / len(pending))
+        missing = self._vocab_size - len(logits)
+        if missing > 0:
+            return np.pad(logits, (0, missing), constant_values=-np.inf)
+        return logits[: self._vocab_size]
 
     def _learn(self, new: list[int]) -> None:
-        num_right = _common_prefix(self._proposed.token_ids, new)
-        trust = min(1.0, self._right / self._expected)
-        judged = self._proposed.chances[: min(num_right + 1, len(new))]
-        self._right += min(num_right, len(judged))
-        self._expected += sum(judged) / trust
-
-
-def _common_prefix(first: SequenceOf[int], second: SequenceOf[int]) -> int:
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+        num_right = common_prefix(self._proposed, new)
+        num_judged = min(num_right + 1, len(new), len(self._proposed))
+        self._accepted.learn(num_right, num_judged - num_right)
+        self._trust.learn(num_right, sum(self._sure[:num_judged]) - num_right)
 
 
 class Speculation:
-    """What outlives a generation: what steps cost, and the draft model."""
+    """What outlives a generation: the account, and the draft model."""
 
-    def __init__(self, draft: Engine | None = None) -> None:
-        """draft  the engine of a draft model"""
-        self._draft = draft
-        self._costs = StepCosts()
-        self._sequence = draft.new_sequence() if draft else None
+    def __init__(self, vocab_size: int, draft: Engine | None = None) -> None:
+        """vocab_size  of the model
+        draft       the engine of a draft model
+        """
+        self._account = Account()
+        self._draft = None if draft is None else DraftModel(draft, vocab_size)
 
     def begin(self, enabled: bool = True) -> Speculator:
         """For a generation that begins; one at a time.
 
         enabled  False: nothing is guessed
         """
-        drafters: list[Drafter] = [PromptLookup()] if enabled else []
-        if enabled and self._draft is not None and self._sequence is not None:
-            drafters.append(DraftModel(self._draft, self._sequence))
-        return Speculator(self._costs, drafters)
+        drafters: list[Drafter] = []
+        if enabled:
+            drafters.append(PromptLookup())
+        if enabled and self._draft is not None:
+            self._draft.begin()
+            drafters.append(self._draft)
+        self._account.begin()
+        return Speculator(self._account, drafters)
+
+
+class Account:
+    """What steps cost, and what guesses may cost next. It stays from generation to generation."""
+
+    def __init__(self) -> None:
+        self.costs = StepCosts()
+        self.seconds = 0.0
+        """Of decoding, in this generation."""
+        self.allowed = 0.0
+        """Seconds that guesses may cost next, if they are in vain."""
+
+    def begin(self) -> None:
+        """A generation begins."""
+        self.seconds = 0.0
+
+    def note(self, num_guessed: int, num_right: int, guess_seconds: float, seconds: float) -> None:
+        """A step has verified so many guesses, of which so many were right; what both took."""
+        if not self.costs.plain:
+            self.allowed = seconds
+        self.costs.note(1 + num_guessed, seconds)
+        self.seconds += guess_seconds + seconds
+        self.allowed += LOSS_SHARE * (guess_seconds + seconds) - guess_seconds
+        if num_guessed:
+            self.allowed += self.costs.plain * (1 + num_right) - seconds
+        self.allowed = min(self.allowed, MOST_STEPS * self.costs.plain)
 
 
 class Speculator:
     """Decides before each step of one generation what is guessed, and learns from each."""
 
-    def __init__(self, costs: StepCosts, drafters: SequenceOf[Drafter]) -> None:
-        self._costs = costs
+    def __init__(self, account: Account, drafters: SequenceOf[Drafter]) -> None:
+        self._account = account
         self._drafters = drafters
-        self._seconds = 0.0  # of decoding
-        self._lost = 0.0  # of these, what guesses have cost more than they gained
-        self.num_guessed = 0
-        """Tokens that steps have verified."""
-        self.num_right = 0
-        """Those of them that came true."""
 
     def advance(self, engine: Engine, generations: SequenceOf[Generation]) -> list[list[int]]:
         """Run one step as `generation.advance` does. One that decodes alone may gain several
@@ -338,54 +453,43 @@ class Speculator:
         """
         if not self._drafters or len(generations) != 1:
             return advance(engine, generations)
+        (generation,) = generations
+        num_accepted = generation.num_accepted
         start = perf_counter()
-        num_guessed = self._guess(generations[0])
+        num_guessed = self._guess(generation)
         guessed = perf_counter()
         gained = advance(engine, generations)
-        self._note(num_guessed, len(gained[0]), guessed - start, perf_counter() - guessed)
+        num_right = generation.num_accepted - num_accepted
+        self._account.note(num_guessed, num_right, guessed - start, perf_counter() - guessed)
         return gained
 
     def _guess(self, generation: Generation) -> int:
         """Draft what follows, if that is likely to pay; returns how many tokens."""
-        plain = self._costs.plain
-        if plain:
-            allowed = LOSS_SHARE * self._seconds + plain - self._lost
+        account = self._account
+        costs, allowed = account.costs, account.allowed
+        if costs.plain and allowed >= costs.of(2) - costs.plain:
             for drafter in self._drafters:
-                if allowed < self._costs.of(2) - plain:
-                    break
-                guess = drafter.propose(generation, self._costs)
-                count = self._count(guess, allowed)
+                guess = drafter.propose(generation, account)
+                count = _best_count(guess, costs, allowed)
                 if count:
                     return generation.draft(guess.token_ids[:count])
         return 0
 
-    def _note(
-        self, num_guessed: int, num_gained: int, guess_seconds: float, seconds: float
-    ) -> None:
-        """A step has verified so many guesses and gained so many tokens; what both took."""
-        self._costs.note(1 + num_guessed, seconds)
-        self._seconds += guess_seconds + seconds
-        self._lost += guess_seconds
-        if num_guessed:
-            self._lost += seconds - self._costs.plain * max(1, num_gained)
-            self.num_guessed += num_guessed
-            self.num_right += max(0, num_gained - 1)
 
-    def _count(self, guess: Guess, allowed: float) -> int:
-        """How many of the tokens to verify, for the most tokens a second; 0: none."""
-        plain = self._costs.plain
-        best, best_speed = 0, LEAST_GAIN / plain
-        expected = reached = 1.0
-        for count, chance in enumerate(guess.chances, 1):
-            reached *= chance
-            expected += reached
-            if count + 1 in NUM_ROWS or count == len(guess.chances):
-                seconds = self._costs.of(count + 1)
-                if seconds - plain > allowed:
-                    break
-                if expected / seconds > best_speed:
-                    best, best_speed = count, expected / seconds
-        return best
+def _best_count(guess: Guess, costs: StepCosts, allowed: float) -> int:
+    """How many of the tokens to verify, for the most tokens a second; 0: none."""
+    best, best_speed = 0, LEAST_GAIN / costs.plain
+    expected = reached = 1.0
+    for count, chance in enumerate(guess.chances, 1):
+        reached *= chance
+        expected += reached
+        if count + 1 in NUM_ROWS or count == len(guess.chances):
+            seconds = costs.of(count + 1)
+            if seconds - costs.plain > allowed:
+                break
+            if expected / seconds > best_speed:
+                best, best_speed = count, expected / seconds
+    return best
 
 
 class Vocabulary(Protocol):
