@@ -5,10 +5,10 @@ directory mapped into memory: what is packed into it is there at the next start,
 checks that each matrix asked for is the one that lies there.
 
 A file holds the arena, an index in JSON and a footer. It is written under another name and renamed
-when it is whole. It is never trusted blindly: its key names the model's files (path, size, time of
-change, inode), the kernels' sources and the target; every chunk of it has a checksum, which is
-compared before the first use; another user's file is not opened. Weights are codes and scales,
-which no kernel uses as an address.
+when it is whole; what a process that was killed has left is removed by the next. It is never
+trusted blindly: its key names the model's files (path, size, time of change, inode), the kernels'
+sources and the target; every page of it has a checksum, which is compared before the first use;
+another user's file is not opened. Weights are codes and scales, which no kernel uses as an address.
 
 All files together stay under LIMIT_BYTES, the least recently used going first, and a disk that is
 nearly full gets none. Whatever goes wrong here costs the time of packing and nothing else.
@@ -21,8 +21,8 @@ import json
 import mmap
 import os
 import shutil
-import stat
 import struct
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.machine.host import available_cpus
-from cyclewise.paths import cache_dir
+from cyclewise.paths import cache_dir, open_own
 
-VERSION = 1
+VERSION = 2
 """Of the file's layout."""
 LIMIT_BYTES = 32 << 30
 """Of all files together."""
@@ -48,11 +48,16 @@ FREE_SHARE = 0.1
 """Of the disk, which is left alone."""
 
 _CHUNK = 1 << 20
+_PAGE = 1 << 12
+_ALIGNMENT = max(_PAGE, mmap.PAGESIZE)
+_LONGEST_INDEX = 1 << 24
 _MAGIC = b"CWPACKED"
 _FOOTER = struct.Struct("<8sQ32s")  # magic, bytes of the index, SHA-256 of the index
 _PARTIAL = ".partial-"
+_DAMAGED = (RuntimeError, ValueError, KeyError, TypeError, IndexError)
+"""What a file may raise that holds something else than it should. JSON may nest too deeply."""
 _ABANDONED = 24 * 3600
-"""Seconds after which a partial file has no writer."""
+"""Seconds after which a partial file has no writer, where locks do not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class _NewArena(Arena):
         super().__init__(np.frombuffer(mmap.mmap(descriptor, num_bytes), np.uint8))
 
     def keep(self, index: list[Any], num_bytes: int) -> None:
-        end = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         found = {"key": self._key, "bytes": end, "sums": _sums(self.memory[:end]), "index": index}
         text = json.dumps(found).encode()
         footer = _FOOTER.pack(_MAGIC, len(text), hashlib.sha256(text).digest())
@@ -118,6 +123,9 @@ class _NewArena(Arena):
         except OSError:
             self._unlink()
             return
+        except BaseException:  # Ctrl-C
+            self._unlink()
+            raise
         prune(LIMIT_BYTES, spare=self._path)
 
     def drop(self) -> None:
@@ -143,7 +151,7 @@ def open_arena(files: Sequence[Path], variant: str, num_bytes: int) -> Arena:
             key = _key(files, variant)
             path = _folder() / _name(key)
             found = _open(path, key, num_bytes) or _create(path, key, num_bytes)
-        except (OSError, RuntimeError, ValueError):
+        except (OSError, RuntimeError):
             found = None
         if found is not None:
             return found
@@ -178,9 +186,7 @@ def prune(limit: int, spare: Path | None = None) -> list[Kept]:
                 removed.append(entry)
                 total -= entry.nbytes
     with suppress(OSError, RuntimeError):
-        for path in _folder().glob(f"{_PARTIAL}*"):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
-                path.unlink()
+        _remove_abandoned(_folder())
     return removed
 
 
@@ -217,22 +223,20 @@ def _name(key: dict[str, Any]) -> str:
 
 def _open(path: Path, key: dict[str, Any], num_bytes: int) -> Arena | None:
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(descriptor)
-        ours = not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
-        if not (stat.S_ISREG(state.st_mode) and ours and not state.st_mode & 0o022):
+        descriptor = open_own(path)
+        if descriptor is None:
             return None
-        found = _read_index(file, state.st_size)
-        if found is None or found["key"] != key or not 0 < found["bytes"] <= num_bytes + _CHUNK:
+        with os.fdopen(descriptor, "rb") as file:
+            found = _read_index(file, os.fstat(descriptor).st_size)
+            if not (found and found["key"] == key and 0 < found["bytes"] <= num_bytes + _CHUNK):
+                return None
+            mapped = mmap.mmap(descriptor, found["bytes"], access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            mapped.madvise(mmap.MADV_WILLNEED)
+        memory = np.frombuffer(mapped, np.uint8)
+        if _sums(memory) != found["sums"]:
             return None
-        mapped = mmap.mmap(descriptor, found["bytes"], access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_WILLNEED"):
-        mapped.madvise(mmap.MADV_WILLNEED)
-    memory = np.frombuffer(mapped, np.uint8)
-    if _sums(memory) != found["sums"]:
+    except (FileNotFoundError, *_DAMAGED):
         return None
     with suppress(OSError):
         os.utime(path)
@@ -246,24 +250,27 @@ def _read_index(file: Any, size: int) -> dict[str, Any] | None:
     file.seek(size - _FOOTER.size)
     magic, length, digest = _FOOTER.unpack(file.read(_FOOTER.size))
     at = size - _FOOTER.size - length
-    if magic != _MAGIC or at < 0 or length > 1 << 28:
+    if magic != _MAGIC or at < 0 or at % _PAGE or length > _LONGEST_INDEX:
         return None
     file.seek(at)
     text = file.read(length)
     if hashlib.sha256(text).digest() != digest:
         return None
     found: dict[str, Any] = json.loads(text)
-    return found if found["bytes"] == at else None
+    is_sound = found["bytes"] == at and isinstance(found["index"], list)
+    return found if is_sound else None
 
 
 def _create(path: Path, key: dict[str, Any], num_bytes: int) -> Arena | None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
     disk = shutil.disk_usage(path.parent)
     if num_bytes > LIMIT_BYTES or disk.free - num_bytes < FREE_SHARE * disk.total:
         return None
-    size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
     try:
+        _lock(descriptor)
         # A mapped file whose bytes the disk does not have would end the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
@@ -276,17 +283,44 @@ def _create(path: Path, key: dict[str, Any], num_bytes: int) -> Arena | None:
         raise
 
 
-def _sums(memory: NDArray[np.uint8]) -> str:
-    """A digest of the sums of its chunks, in 64-bit words: as fast as memory is read."""
-    words = memory.view(np.uint64)
-    step = _CHUNK // 8
-    starts = range(0, len(words), step)
+def _lock(descriptor: int) -> bool:
+    """Locks a file that is being written, until its writer has ended; whether it was free."""
+    if sys.platform == "win32":
+        return False
+    import fcntl
 
-    def total(start: int) -> int:
-        return int(words[start : start + step].sum(dtype=np.uint64))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process has it, or this file system knows no locks
+        return False
+    return True
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes partial files whose writer was killed."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):
+            descriptor = open_own(path)
+            if descriptor is None:
+                continue
+            try:
+                if _lock(descriptor) or time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _sums(memory: NDArray[np.uint8]) -> str:
+    """A digest of the sums of its pages, in 64-bit words: as fast as memory is read."""
+    pages = memory.view(np.uint64).reshape(-1, _PAGE // 8)
+    step = _CHUNK // _PAGE
+
+    def totals(start: int) -> NDArray[np.uint64]:
+        sums: NDArray[np.uint64] = pages[start : start + step].sum(axis=1, dtype=np.uint64)
+        return sums
 
     with ThreadPoolExecutor(available_cpus()) as pool:
-        sums = np.array(list(pool.map(total, starts)), np.uint64)
+        sums = np.concatenate(list(pool.map(totals, range(0, len(pages), step))))
     return hashlib.sha256(sums.tobytes()).hexdigest()
 
 
@@ -295,5 +329,5 @@ def _is_orphaned(path: Path) -> bool:
         with open(path, "rb") as file:
             found = _read_index(file, path.stat().st_size)
         return found is None or any(_identity(f[0]) != f for f in found["key"]["files"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, *_DAMAGED):
         return True

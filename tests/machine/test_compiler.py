@@ -75,6 +75,17 @@ def test_a_damaged_file_is_compiled_again(cache, capfd, damage):
     assert not [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".o"]
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners here")
+def test_what_others_may_write_is_not_run(cache, capfd):
+    assert works(Compiler())
+    (file,) = kept(cache)
+    file.chmod(0o666)
+    capfd.readouterr()
+    assert works(Compiler())
+    assert "compiling 1 kernels" in capfd.readouterr().err
+    assert not file.stat().st_mode & 0o022
+
+
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")

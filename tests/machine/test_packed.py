@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +96,26 @@ def flip(data: bytearray, at: int) -> None:
     data[at] ^= 1
 
 
+def swap_pages(data: bytearray) -> None:
+    first, second = data[:4096], data[8192:12288]
+    assert first != second
+    data[:4096], data[8192:12288] = second, first
+
+
+def with_index(data: bytearray, text: bytes) -> None:
+    """What the index says is another, and its digest fits."""
+    _, length, _ = packed._FOOTER.unpack(data[-packed._FOOTER.size :])
+    del data[-packed._FOOTER.size - length :]
+    digest = hashlib.sha256(text).digest()
+    data += text + packed._FOOTER.pack(b"CWPACKED", len(text), digest)
+
+
+def with_changes(data: bytearray, **values: object) -> None:
+    _, length, _ = packed._FOOTER.unpack(data[-packed._FOOTER.size :])
+    index = json.loads(data[-packed._FOOTER.size - length : -packed._FOOTER.size])
+    with_index(data, json.dumps(index | values).encode())
+
+
 DAMAGES = {
     "a flipped bit": lambda data: flip(data, len(data) // 3),
     "a page of zeros": lambda data: data.__setitem__(slice(0, 4096), bytes(4096)),
@@ -100,6 +125,15 @@ DAMAGES = {
     "cut short": lambda data: data.__delitem__(slice(len(data) // 2, None)),
     "empty": lambda data: data.clear(),
     "longer": lambda data: data.extend(b"x" * 64),
+    "pages in another order": swap_pages,
+    "an index that is no object": lambda data: with_index(data, b"[]"),
+    "an index without an end": lambda data: with_index(data, b"[" * 100_000),
+    "an index that is no JSON": lambda data: with_index(data, b"{"),
+    "an index without a key": lambda data: with_index(data, b'{"bytes": 1}'),
+    "a size that is no number": lambda data: with_changes(data, bytes="4096"),
+    "a size of nothing": lambda data: with_changes(data, bytes=0),
+    "entries that are no list": lambda data: with_changes(data, index={"0": 1}),
+    "no checksum": lambda data: with_changes(data, sums=None),
 }
 
 
@@ -111,6 +145,7 @@ def test_a_damaged_file_is_made_again(folder, path, filled, damage):
     data = bytearray(entry.read_bytes())
     damage(data)
     entry.write_bytes(data)
+    packed.kept()  # lists it, whatever it holds
     np.testing.assert_array_equal(logits(path), first)
     assert filled
     filled.clear()
@@ -146,6 +181,83 @@ def test_what_others_may_write_is_not_used(folder, path, filled):
     assert filled and not only(folder).stat().st_mode & 0o022
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_what_is_no_file_is_not_waited_for(folder, path, filled):
+    first = logits(path)
+    entry = only(folder)
+    entry.unlink()
+    os.mkfifo(entry)
+    np.testing.assert_array_equal(logits(path), first)
+    assert entry.is_file()
+    entry.unlink()
+    entry.symlink_to(path)
+    np.testing.assert_array_equal(logits(path), first)
+    assert path.read_bytes()[:4] == b"GGUF"
+
+
+LOAD = """
+import sys
+from pathlib import Path
+from cyclewise.machine import packed, packing
+from cyclewise.models import load_model
+packed._folder = lambda: Path(sys.argv[2])
+packed.LEAST_BYTES = packed.FREE_SHARE = 0
+fill = packing.Weights._fill
+def slow(self, matrix, order):
+    fill(self, matrix, order)
+    if sys.argv[3] in matrix.name:
+        print("filled", flush=True)
+        sys.stdin.read()
+packing.Weights._fill = slow
+load_model(sys.argv[1], threads=1).close()
+"""
+
+
+def loading(path, folder, until="nowhere"):
+    """A process that loads the model, and waits in the middle of packing."""
+    return subprocess.Popen(
+        [sys.executable, "-c", LOAD, str(path), str(folder), until],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of this kind there")
+def test_what_a_killed_process_has_left_is_removed(folder, path, filled):
+    with loading(path, folder, "blk.1.attn_q") as alive, loading(path, folder, "blk.1") as killed:
+        for process in (alive, killed):
+            assert process.stdout.readline() == b"filled\n"
+        assert len(list(folder.iterdir())) == 2
+        killed.kill()
+        killed.wait()
+        first = logits(path)  # removes what has no writer any more, and nothing else
+        assert len(list(folder.iterdir())) == 2 and len(packed.kept()) == 1
+        filled.clear()
+        alive.stdin.close()
+        assert alive.wait() == 0
+    assert len(list(folder.iterdir())) == 1
+    np.testing.assert_array_equal(logits(path), first)
+    assert not filled
+
+
+def test_an_interrupted_process_leaves_nothing(folder, path):
+    with loading(path, folder, "blk.1") as process:
+        assert process.stdout.readline() == b"filled\n"
+        assert len(list(folder.iterdir())) == 1
+        process.send_signal(signal.SIGINT)
+        assert process.wait() != 0
+    assert not list(folder.iterdir())
+
+
+def test_processes_that_pack_at_once(folder, path, filled):
+    processes = [loading(path, folder) for _ in range(4)]
+    for process in processes:
+        _, error = process.communicate()
+        assert process.returncode == 0, error.decode()
+    assert len(list(folder.iterdir())) == 1
+    logits(path)
+    assert not filled
+
+
 def test_a_failed_load_keeps_nothing(folder, path, monkeypatch):
     def fail(self, matrix, order):
         raise KeyboardInterrupt
@@ -160,6 +272,9 @@ def test_a_full_disk_costs_only_the_cache(folder, path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     first = logits(path)
     only(folder).unlink()
     with monkeypatch.context() as patch:
@@ -168,6 +283,11 @@ def test_a_full_disk_costs_only_the_cache(folder, path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         np.testing.assert_array_equal(logits(path), first)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_model(path, threads=1)
+    assert not list(folder.iterdir())
     monkeypatch.setattr(packed, "FREE_SHARE", 1)
     np.testing.assert_array_equal(logits(path), first)
     assert not list(folder.iterdir())

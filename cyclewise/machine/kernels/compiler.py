@@ -24,7 +24,7 @@ from llvmlite import binding
 
 from cyclewise.machine.kernels.lang import Emitter
 from cyclewise.machine.kernels.target import Target, host_target
-from cyclewise.paths import cache_dir
+from cyclewise.paths import cache_dir, open_own
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,13 @@ class Compiler:
             self._addresses[name] = int(engine.get_function_address(name))
 
     def _read(self, unit: Unit) -> bytes | None:
-        """The cached object code, unless it is missing or damaged."""
+        """The cached object code, unless it is missing, damaged or could be somebody else's."""
         try:
-            data = (self._folder / f"{unit.name}.o").read_bytes()
+            descriptor = open_own(self._folder / f"{unit.name}.o")
+            if descriptor is None:
+                return None
+            with open(descriptor, "rb") as file:
+                data = file.read()
         except OSError:
             return None
         digest, code = data[:32], data[32:]
