@@ -25,6 +25,7 @@ from cyclewise.options import (
     DefaultModelName,
     Draft,
     FrequencyPenalty,
+    Lora,
     MaxTokens,
     MinP,
     ModelName,
@@ -38,6 +39,7 @@ from cyclewise.options import (
     TopK,
     TopP,
     TypicalP,
+    adapters,
     load,
     parse_size,
     print_json,
@@ -208,6 +210,7 @@ def run(
     threads: Threads = None,
     speculate: Speculate = True,
     draft: Draft = None,
+    lora: Lora = None,
 ) -> None:
     """Answer one prompt.
 
@@ -241,6 +244,7 @@ def run(
         grammar=None if grammar is None else _read_file(grammar, "grammar"),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        adapter=lora,
     )
     if raw and system is not None:
         raise InvalidParameterError("--raw continues the text as it is, so there is no --system")
@@ -250,7 +254,10 @@ def run(
     from cyclewise import terminal
     from cyclewise.llm import LLM
 
-    with LLM(model, context=context, threads=threads, speculate=speculate, draft=draft) as llm:
+    with LLM(
+        model, context=context, threads=threads, speculate=speculate, draft=draft,
+        adapters=adapters(lora),
+    ) as llm:  # fmt: skip
         if raw or (system is None and not llm.has_chat_template):
             pieces = llm.stream(text, params)
         else:
@@ -337,6 +344,7 @@ def chat(
     threads: Threads = None,
     speculate: Speculate = True,
     draft: Draft = None,
+    lora: Lora = None,
 ) -> None:
     """Talk with a model, turn by turn.
 
@@ -357,11 +365,15 @@ def chat(
         frequency_penalty=frequency_penalty,
         seed=seed,
         max_tokens=max_tokens or None,
+        adapter=lora,
     )
     from cyclewise.llm import LLM
     from cyclewise.repl import converse
 
-    with LLM(model, context=context, threads=threads, speculate=speculate, draft=draft) as llm:
+    with LLM(
+        model, context=context, threads=threads, speculate=speculate, draft=draft,
+        adapters=adapters(lora),
+    ) as llm:  # fmt: skip
         if not llm.has_chat_template:
             raise InvalidParameterError(
                 f"{model} has no chat template, so it cannot hold a conversation: "
@@ -452,16 +464,22 @@ def prune(
 
 @app.command()
 def info(
-    model: ModelName, as_json: AsJson = False, context: Context = None, threads: Threads = None
+    model: ModelName,
+    as_json: AsJson = False,
+    context: Context = None,
+    threads: Threads = None,
+    lora: Lora = None,
 ) -> None:
     """Say what a model is, and how fast it can be here.
 
     Each token that is generated reads nearly all weights once, so the read bandwidth of the memory,
     which is measured here, sets the limit.
     """
+    from dataclasses import asdict
+
     from cyclewise.models import facts as model_facts
 
-    loaded = load(model, context, threads)
+    loaded = load(model, context, threads, lora)
     try:
         bandwidth = loaded.machine.read_bandwidth(0.5)
         facts = {
@@ -470,6 +488,7 @@ def info(
             **model_facts.facts(loaded.config),
             "chat_template": bool(loaded.metadata.get("tokenizer.chat_template")),
             "format_bytes": loaded.format_bytes,
+            "adapters": [asdict(adapter) for adapter in loaded.adapters],
             "bytes_per_token": loaded.bytes_per_token,
             "kv_bytes_per_token": loaded.kv_bytes_per_token,
             "threads": loaded.machine.num_threads,
@@ -504,6 +523,12 @@ def info(
         "decode limit": f"{facts['decode_limit_tokens_per_second']:.0f} tokens/s from an empty "
         f"context",
     }
+    for adapter in loaded.adapters:
+        ranks = " and ".join(map(str, adapter.ranks))
+        told["adapter"] = (
+            f"{adapter.path}: {terminal.size(adapter.nbytes)}, {adapter.modules} matrices, "
+            f"rank {ranks}"
+        )
     for name, value in told.items():
         print(f"{name:16} {value}")
 
@@ -532,6 +557,7 @@ def bench(
     as_json: AsJson = False,
     context: Context = None,
     threads: Threads = None,
+    lora: Lora = None,
 ) -> None:
     """Measure prefill and decode speed.
 
@@ -541,10 +567,12 @@ def bench(
       cyclewise bench smollm2
       cyclewise bench smollm2 --threads 1 --against llama.cpp --json
     """
+    if lora is not None and against:
+        raise InvalidParameterError("--lora has no peer to compare with: leave --against out")
     from cyclewise.bench.bench import run_bench
     from cyclewise.bench.report import print_bench, show_progress
 
-    loaded = load(model, context, threads)
+    loaded = load(model, context, threads, lora)
     try:
         result = run_bench(
             loaded,
@@ -553,6 +581,7 @@ def bench(
             depth=depth,
             repeats=repeats,
             against=against or (),
+            adapter=None if lora is None else 0,
             progress=show_progress,
         )
     finally:
@@ -575,6 +604,7 @@ def perplexity(
     ] = 32,
     as_json: AsJson = False,
     threads: Threads = None,
+    lora: Lora = None,
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -588,13 +618,14 @@ def perplexity(
     from cyclewise.bench.report import show_progress
     from cyclewise.llm import LLM
 
-    with LLM(model, context=context, threads=threads) as llm:
+    with LLM(model, context=context, threads=threads, adapters=adapters(lora)) as llm:
         result = measure(
             llm.engine,
             llm.tokenizer.encode(content),
             vocabulary=llm.tokenizer,
             context=context,
             chunks=chunks,
+            adapter=None if lora is None else 0,
             progress=show_progress,
         )
     if as_json:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -115,6 +116,7 @@ class LLM:
         threads: int | None = None,
         speculate: bool = True,
         draft: str | None = None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         """Load a model, fetching it first if need be.
 
@@ -125,6 +127,8 @@ class LLM:
         speculate  guess tokens that the text has had before, and verify several in one step: the
                  same tokens come out, faster where answers quote (`engine/speculation.py`)
         draft    a smaller model of the same vocabulary that guesses too, named like `model`
+        adapters  LoRA adapters by name, each a path: a directory that PEFT wrote, or a GGUF
+                 adapter. `SamplingParams(adapter=name)` takes one; others go without.
 
         Raises a CyclewiseError that says what is wrong: ModelNotFoundError, DownloadError,
         ModelFileError, UnsupportedModelError, InvalidParameterError, CacheError.
@@ -138,7 +142,8 @@ class LLM:
         from cyclewise.engine.engine import Engine
         from cyclewise.engine.speculation import Speculation
 
-        self.model, self.tokenizer = _load(model, context, threads)
+        self._adapters = _check_adapters(adapters)
+        self.model, self.tokenizer = _load(model, context, threads, adapters)
         self.engine = Engine(self.model)
         self._draft = None if draft is None else self._load_draft(draft, threads)
         self.speculate = speculate  # from the next generation on
@@ -293,6 +298,7 @@ class LLM:
     def _begin(self, prompt_ids: list[int], params: SamplingParams | None) -> Stream:
         params = SamplingParams() if params is None else params
         params.check_token_ids(self.engine.vocab_size)
+        self._adapter(params)
         if len(prompt_ids) > self.context:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens and the context holds {self.context}: "
@@ -300,6 +306,18 @@ class LLM:
             )
         structures = [self._structure(params) for _ in range(params.n)]
         return self._queued(prompt_ids, params, structures)
+
+    def _adapter(self, params: SamplingParams) -> int | None:
+        """The number of the adapter that is asked for."""
+        name = params.adapter
+        if name is None:
+            return None
+        if name not in self._adapters:
+            near = get_close_matches(name, self._adapters, n=1)
+            known = f"known are {', '.join(self._adapters)}" if self._adapters else "there are none"
+            hint = f"did you mean {near[0]!r}?" if near else f"{known}; LLM(adapters=...) loads one"
+            raise InvalidParameterError(f"no adapter is called {name!r}: {hint}")
+        return self._adapters.index(name)
 
     def _structure(self, params: SamplingParams) -> Structure | None:
         if params.structure is None:
@@ -405,6 +423,7 @@ class LLM:
         from cyclewise.engine.kvcache import common_prefix
 
         engine, sequence = self.engine, self._sequence
+        sequence.use(self._adapter(params))
         if params.prompt_logprobs is not None:
             from cyclewise.engine.logprobs import score_prompt
 
@@ -489,12 +508,31 @@ def _last(pieces: Stream) -> Result:
     return piece.result
 
 
-def _load(model: str, context: int | None, threads: int | None) -> tuple[Model, Tokenizer]:
+def _check_adapters(adapters: Mapping[str, str] | None) -> list[str]:
+    """The adapters' names, in order."""
+    import os
+
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise InvalidParameterError(f"adapters must be like {{name: path}}, not {adapters!r}")
+    for name, path in (adapters or {}).items():
+        if not isinstance(name, str) or not name or not isinstance(path, str | os.PathLike):
+            raise InvalidParameterError(
+                f"adapters must be like {{name: path}}, not with {name!r}: {path!r}"
+            )
+    return list(adapters or {})
+
+
+def _load(
+    model: str,
+    context: int | None,
+    threads: int | None,
+    adapters: Mapping[str, str] | None = None,
+) -> tuple[Model, Tokenizer]:
     from cyclewise.models import load_model
     from cyclewise.text.tokenizer import Tokenizer
     from cyclewise.weights.sources import resolve
 
-    loaded = load_model(resolve(model), context=context, threads=threads)
+    loaded = load_model(resolve(model), context=context, threads=threads, adapters=adapters)
     try:
         return loaded, Tokenizer.from_metadata(loaded.metadata)
     except BaseException:

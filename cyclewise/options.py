@@ -52,6 +52,15 @@ Draft = Annotated[
         show_default=False,
     ),
 ]
+Lora = Annotated[
+    str | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH",
+        help="A LoRA adapter: a directory that PEFT wrote, or a GGUF adapter.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
@@ -91,12 +100,18 @@ MaxTokens = Annotated[
 ]
 
 
-def load(model: str, context: int | None, threads: int | None) -> Model:
+def adapters(lora: str | None) -> dict[str, str] | None:
+    """What `--lora` asks to be loaded: one adapter, named by its path."""
+    return None if lora is None else {lora: lora}
+
+
+def load(model: str, context: int | None, threads: int | None, lora: str | None = None) -> Model:
     """Fetches a model if need be, and loads it."""
     from cyclewise.models import load_model
     from cyclewise.weights.sources import resolve
 
-    return load_model(resolve(model), context=context, threads=threads)
+    found = resolve(model)
+    return load_model(found, context=context, threads=threads, adapters=adapters(lora))
 
 
 def print_json(value: object) -> None:

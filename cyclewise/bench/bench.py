@@ -147,11 +147,12 @@ class _Pair:
 class OurEngine:
     """Our engine behind the same two calls as a peer's."""
 
-    def __init__(self, model: BenchModel) -> None:
-        self.engine = Engine(model)
+    def __init__(self, model: BenchModel, adapter: int | None = None) -> None:
+        """`adapter`: the number of the LoRA adapter that all tokens have."""
+        self.engine, self.adapter = Engine(model), adapter
 
     def prefill(self, token_ids: Sequence[int]) -> float:
-        sequence = self.engine.new_sequence()
+        sequence = self.engine.new_sequence(self.adapter)
         start = time.perf_counter()
         self.engine.evaluate(sequence, token_ids, "last")
         seconds = time.perf_counter() - start
@@ -159,7 +160,7 @@ class OurEngine:
         return seconds
 
     def decode(self, before: Sequence[int], token_ids: Sequence[int]) -> float:
-        sequence = self.engine.new_sequence()
+        sequence = self.engine.new_sequence(self.adapter)
         if before:
             self.engine.evaluate(sequence, before, "none")
         start = time.perf_counter()
@@ -229,12 +230,14 @@ def run_bench(
     depth: int = 0,
     repeats: int = 5,
     against: Sequence[str] = (),
+    adapter: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> BenchResult:
     """Measure prefill from an empty context and, apart from it, decode from a context of `depth`.
 
     model     a loaded model; its machine's threads are what the peers get as well
     against   names of peers (`peers.PEERS`)
+    adapter   the number of the LoRA adapter that our tokens have; peers have none
     repeats   of ours without peers; with them, pairs with each peer
     progress  is told in a few words what runs now
 
@@ -251,7 +254,7 @@ def run_bench(
     streamed = bytes_per_decode_token(
         model.bytes_per_token, model.kv_bytes_per_token, depth, generate_tokens
     )
-    ours, idle = OurEngine(model), _IdleClock()
+    ours, idle = OurEngine(model, adapter), _IdleClock()
     pairs: list[_Pair] = []
     with ExitStack() as stack:
         peers: list[Peer] = []

@@ -55,6 +55,7 @@ def perplexity(
     vocabulary: Vocabulary,
     context: int = 512,
     chunks: int = 32,
+    adapter: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Perplexity:
     """The exponential of the mean negative log-likelihood of the scored tokens.
@@ -64,13 +65,14 @@ def perplexity(
                 first token of every chunk
     context     tokens of a chunk
     chunks      how many, from the start of the text
+    adapter     the number of the LoRA adapter that the model has
 
     Raises InvalidParameterError if the text is too short for that many chunks.
     """
     loss, count = 0.0, 0
     for index, chunk in enumerate(cut(token_ids, vocabulary, context, chunks)):
         progress(f"chunk {index + 1} of {chunks}")
-        for first, logits in scored_logits(engine, chunk):
+        for first, logits in scored_logits(engine, chunk, adapter):
             targets = chunk[first + 1 : first + 1 + len(logits)]
             loss += sum(
                 -float(log_softmax(row)[target])
@@ -102,13 +104,13 @@ def cut(
 
 
 def scored_logits(
-    engine: Engine, chunk: Sequence[int]
+    engine: Engine, chunk: Sequence[int], adapter: int | None = None
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """Evaluate a chunk; yield (position of the first row, logits (rows, vocab_size)), in order.
 
     Rows are those of positions n/2 to n-2 of a chunk of n tokens: each predicts the next token.
     """
-    sequence = engine.new_sequence()
+    sequence = engine.new_sequence(adapter)
     first, last = len(chunk) // 2, len(chunk) - 1
     engine.evaluate(sequence, chunk[:first], "none")
     for start in range(first, last, ROWS_AT_ONCE):

@@ -57,7 +57,8 @@ def schedule(requests: list[Request], max_tokens: int) -> Batch:
             continue
         first = request.num_done
         token_ids.append(request.token_ids[first : first + count])
-        chunks.append(Chunk(start, count, len(request.sequence), request.sequence.pages))
+        sequence = request.sequence
+        chunks.append(Chunk(start, count, len(sequence), sequence.pages, sequence.adapter))
         if request.logits == "all":
             logit_rows.extend(range(start, start + count))
         elif request.logits == "last" and count == request.num_left:
@@ -77,9 +78,13 @@ class Engine:
             self.machine.num_pages, self.machine.page_tokens, self.machine.copy_page
         )
 
-    def new_sequence(self) -> Sequence:
-        """Begin an empty sequence. It owns no page until tokens come."""
-        return Sequence(self._pool, self.context)
+    def new_sequence(self, adapter: int | None = None) -> Sequence:
+        """Begin an empty sequence, of a LoRA adapter's number or of none. It owns no page until
+        tokens come.
+        """
+        sequence = Sequence(self._pool, self.context)
+        sequence.use(adapter)
+        return sequence
 
     def free(self, sequence: Sequence) -> None:
         """Give back all pages of a sequence. It is empty then."""

@@ -67,6 +67,7 @@ class Sequence:
 
     def __init__(self, pool: PagePool, context: int) -> None:
         self.token_ids: list[int] = []  # the engine appends, after the step that wrote their KV
+        self.adapter: int | None = None  # what their KV was computed with; `use` changes it
         self._pool = pool
         self._context = context
         self._pages = np.zeros(-(-context // pool.page_tokens), dtype=np.int32)
@@ -110,6 +111,14 @@ class Sequence:
             self._pages[self._num_pages] = self._pool.take()
             self._num_pages += 1
 
+    def use(self, adapter: int | None) -> None:
+        """Go on with a LoRA adapter, by its number, or with none. Keys and values of another one
+        are worth nothing then: all tokens are forgotten.
+        """
+        if adapter != self.adapter:
+            self.truncate(0)
+            self.adapter = adapter
+
     def truncate(self, num_tokens: int) -> None:
         """Forget every token after the first `num_tokens` and give back the pages left empty."""
         if not 0 <= num_tokens <= len(self.token_ids):
@@ -125,6 +134,7 @@ class Sequence:
         own as it does, and a copy of the last one if that is partly filled.
         """
         other = Sequence(self._pool, self._context)
+        other.adapter = self.adapter
         other.token_ids = self.token_ids.copy()
         other._num_pages = -(-len(self) // self._pool.page_tokens)
         other._pages[: other._num_pages] = self._pages[: other._num_pages]

@@ -62,6 +62,7 @@ class SamplingParams:
     and temperature (as OpenAI and vLLM have it).
     """
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, none reused then
+    adapter: str | None = None  # a LoRA adapter by its name; None: the model as it is
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, 0, math.inf, "0 is greedy")
@@ -113,6 +114,8 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0, MAX_LOGPROBS, "None is none")
 
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise InvalidParameterError(f"adapter must be a name, not {self.adapter!r}")
         self._check_structure()
 
     def _check_structure(self) -> None:

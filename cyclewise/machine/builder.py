@@ -15,14 +15,15 @@ Buffers, float32 unless said otherwise, one row a token:
     projected  (tokens, hidden)             what a norm follows
     gated      (tokens, feed-forward)
     logits     (logit rows, vocabulary)
+    low        (tiles, splits, tokens, 16)          A x of LoRA adapters (`kernels/lora.py`)
 
 In a small batch every thread has `normed` and `quantized` of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ from numpy.typing import NDArray
 
 from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine import costs
+from cyclewise.machine.adapters import Adapters, Addition, Stack
 from cyclewise.machine.cache import Heads, KVCache
 from cyclewise.machine.costs import Form, MatrixShape
 from cyclewise.machine.kernels import attention, linear, loop, matmul, pack, rows
@@ -44,6 +46,10 @@ from cyclewise.machine.kernels.layout import (
     LINE,
     LINEAR,
     LINEAR_PART,
+    LORA_A,
+    LORA_A_MATRIX,
+    LORA_B,
+    LORA_B_MATRIX,
     NORM,
     PAGE_TOKENS,
     POSITIONS,
@@ -52,6 +58,7 @@ from cyclewise.machine.kernels.layout import (
     SOFTCAP,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.kernels.lora import BLOCK_COLUMNS, SPLIT_BYTES, SPLIT_COLUMNS
 from cyclewise.machine.packing import Matrix, allocate
 from cyclewise.machine.profile import load_tuning
 from cyclewise.machine.program import Moment, MomentClass, Program, Tiles
@@ -91,12 +98,16 @@ class Builder:
         self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
         num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
         num_threads: int, epsilon: float, private_bytes: int = 0,
+        adapters: Adapters | None = None,
     ) -> None:  # fmt: skip
-        """`private_bytes`: what a thread has besides, from `_own_private` on."""
+        """`private_bytes`: what a thread has besides, from `_own_private` on; `adapters`: what
+        tokens may have added to the matrices of attention and feed-forward.
+        """
         self._moments: list[Moment] = []
         self._memory: list[object] = []
         self._epsilon, self._num_threads = epsilon, num_threads
         self._scratch_bytes = 0
+        self._adapters, self._low, self._low_bytes = adapters, 0, 0
         heads = Heads(num_heads, num_kv_heads, head_dim)
         self._heads, self._kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._vocab_size, self._context = vocab_size, context_length
@@ -263,6 +274,7 @@ class Builder:
         """gated = activation(gate . normed) * (up . normed)"""
         assert gate.num_rows == up.num_rows == self._gated.width
         source = self._input(name, [gate, up], self._normed)
+        lora, with_lora = self._lora(name, [gate, up], self._normed)
         values = {
             "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
             "columns": gate.num_columns,
@@ -270,9 +282,11 @@ class Builder:
             "gate_kernel": self._kernel(gate, "tile"), "gate": gate.address,
             "gate_tile_bytes": gate.stride,
             "up_kernel": self._kernel(up, "tile"), "up": up.address, "up_tile_bytes": up.stride,
+            "gate_lora": lora[0], "up_lora": lora[1],
         }  # fmt: skip
         quantized = source is self._quantized
         form = costs.gated_form(_shape(gate), _shape(up), activation, quantized=quantized)
+        form = with_lora(form)
         self._add(name, "matmul", f"gated_{activation}", GATED, values, gate.num_tiles, form)
 
     def rope(
@@ -379,14 +393,15 @@ class Builder:
         activation: Literal["gelu"] | None = None,
     ) -> None:  # fmt: skip
         x = self._input(name, matrices, source, of_logits)
+        lora, with_lora = self._lora(name, matrices, source)
         tail: list[int] = []
         offset = biased_rows = 0
-        for matrix, bias in zip(matrices, biases, strict=True):
+        for matrix, bias, of_matrix in zip(matrices, biases, lora, strict=True):
             assert bias is None or bias.size >= matrix.num_rows
             part = {
                 "tile_kernel": self._kernel(matrix, "tile"), "weights": matrix.address,
                 "tile_bytes": matrix.stride, "num_tiles": matrix.num_tiles,
-                "out_offset": offset * 4, "bias": self._pointer(bias),
+                "out_offset": offset * 4, "bias": self._pointer(bias), "lora": of_matrix,
             }  # fmt: skip
             tail += [part[field_] for field_ in LINEAR_PART]
             offset += matrix.num_rows
@@ -408,7 +423,73 @@ class Builder:
         )  # fmt: skip
         kernel = f"linear_{activation}" if activation else "linear"
         num_tiles = sum(matrix.num_tiles for matrix in matrices)
+        form = with_lora(form)
         self._add(name, "matmul", kernel, LINEAR, values, num_tiles, form, tail=tail)
+
+    def _lora(
+        self, name: str, matrices: Sequence[Matrix], source: _Buffer
+    ) -> tuple[list[int], Callable[[Form], Form]]:
+        """low = the adapters' A's . source, in a moment of its own. Gives each matrix's `lora`, 0
+        where no adapter changes it, and what becomes of the form of the moment that adds the B's.
+        """
+        stacks = self._adapters.of(matrices) if self._adapters else []
+        largest = max((s for s in stacks if s), key=lambda s: s.num_bytes, default=None)
+        if largest is None:
+            return [0] * len(matrices), lambda form: form
+        num_splits = -(-source.width // SPLIT_COLUMNS)
+        num_slots = max(stack.a.num_tiles for stack in stacks if stack)
+        low = self._low_buffer(num_slots * num_splits * SPLIT_BYTES)
+        values = {
+            "x": source.address, "x_stride": source.stride, "x_private": int(source.private),
+            "columns": source.width, "low": low, "num_slots": num_slots, "num_splits": num_splits,
+        }  # fmt: skip
+        tail = [field_ for stack in stacks for field_ in self._lora_a_record(stack)]
+        form = costs.lora_a_form(replace(_shape(largest.a), rows=largest.rank))
+        self._add(
+            f"{name}.lora_a", "matmul", "lora_a", LORA_A, values, "adapters", form, tail=tail,
+            tiles_per_block=num_slots * num_splits,
+        )  # fmt: skip
+        tables = []
+        for place in range(len(matrices)):
+            additions = [stack.additions[place] if stack else None for stack in stacks]
+            if not any(additions):
+                tables.append(0)
+                continue
+            head = {"kernel": host_compiler().address("lora_b"), "low": low,
+                    "num_splits": num_splits}  # fmt: skip
+            table = [head[field_] for field_ in LORA_B]
+            for addition in additions:
+                table += self._lora_b_record(addition)
+            tables.append(self._pointer(np.array(table, np.int64)))
+        added = [(each.rank, _shape(each.b)) for each in largest.additions if each]
+        return tables, lambda form: costs.with_lora_b(form, added)
+
+    def _low_buffer(self, num_bytes: int) -> int:
+        """Only the moment behind reads it: one serves all, unless it is too small."""
+        if num_bytes > self._low_bytes:
+            self._low, self._low_bytes = self._allocate(num_bytes), num_bytes
+        return self._low
+
+    def _lora_a_record(self, stack: Stack | None) -> list[int]:
+        if stack is None:
+            return [0] * len(LORA_A_MATRIX)
+        a = stack.a
+        values = {
+            "kernel": self._kernel(a, "tile"), "weights": a.address, "tile_bytes": a.stride,
+            "num_tiles": a.num_tiles, "column_bytes": ROWS * FLOAT_FORMATS[a.format],
+        }  # fmt: skip
+        return [values[field_] for field_ in LORA_A_MATRIX]
+
+    def _lora_b_record(self, addition: Addition | None) -> list[int]:
+        if addition is None:
+            return [0] * len(LORA_B_MATRIX)
+        b = addition.b
+        values = {
+            "kernel": self._kernel(b, "lora_b"), "weights": b.address, "tile_bytes": b.stride,
+            "num_blocks": b.num_columns // BLOCK_COLUMNS, "first_row": addition.first_row,
+            "scale": _bits(addition.scale),
+        }  # fmt: skip
+        return [values[field_] for field_ in LORA_B_MATRIX]
 
     def build(self, *keep_alive: object) -> Program:
         logits = next(memory for memory in self._memory if _address(memory) == self._logits.address)
@@ -424,6 +505,7 @@ class Builder:
         return Program(
             tuple(self._moments), self._vocab_size, self._context, self._cache, table,
             self._num_threads, self._private_bytes, scratch, (*self._memory, *keep_alive),
+            len(self._adapters) if self._adapters else 0,
         )  # fmt: skip
 
 

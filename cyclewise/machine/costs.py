@@ -17,6 +17,7 @@ that each chunk reads once. What a kernel reads again, from whatever cache, is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -230,6 +231,30 @@ def gated_form(
         matrices=(gate, up),
         weight_bytes=gate.num_bytes + up.num_bytes,
         bytes_per_row=_input_bytes(gate.columns, quantized) + _FLOAT * gate.rows,
+    )
+
+
+def lora_a_form(a: MatrixShape) -> Form:
+    """Of an adapter: products with the A's of all matrices that share an input. `a.rows` is the sum
+    of their ranks.
+    """
+    return replace(linear_form((a,), quantized=False), matrices=())
+
+
+def with_lora_b(form: Form, ranks_and_matrices: Sequence[tuple[int, MatrixShape]]) -> Form:
+    """A form of matrices to which an adapter's B's are added: A x takes its scale, meets B, and
+    is added to the sums. `matrices` stay those of the base model.
+    """
+    operations = weight_bytes = row_bytes = 0
+    for rank, b in ranks_and_matrices:
+        operations += rank + (2 * rank + 1) * b.rows
+        weight_bytes += b.num_bytes
+        row_bytes += _FLOAT * rank
+    return replace(
+        form,
+        operations_per_row=form.operations_per_row + operations,
+        weight_bytes=form.weight_bytes + weight_bytes,
+        bytes_per_row=form.bytes_per_row + row_bytes,
     )
 
 

@@ -27,12 +27,14 @@ from cyclewise.machine.kernels.layout import (
     PAGE_TOKENS,
     QUERY_BLOCK,
     QUERY_BLOCK_FIELDS,
+    RUN,
     SCHEDULE,
     SPLIT,
     THREAD,
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.kernels.loop import MAX_TILES, clocked_loop_unit
+from cyclewise.machine.kernels.lora import BLOCK_TOKENS
 from cyclewise.machine.packing import allocate
 from cyclewise.machine.profile import load_tuning
 from cyclewise.machine.program import Moment, Program
@@ -60,6 +62,12 @@ LEAST_PROBE_BYTES = 1 << 24
 """Less is read too fast for the call not to count."""
 
 
+_Shape = tuple[int, int, int, bool]
+"""What a schedule depends on: tokens, rows of logits, records of query blocks, and whether tokens
+have adapters.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """`count` consecutive tokens of the flat batch from `start`, the first at `position` of a
@@ -71,6 +79,8 @@ class Chunk:
     position: int
     pages: NDArray[np.int32]
     """The sequence's page table."""
+    adapter: int | None = None
+    """The number of the LoRA adapter that the tokens have."""
 
 
 def resolve_threads(num_threads: int | None) -> int:
@@ -104,7 +114,7 @@ class Machine:
         self.num_pages = program.num_pages
         compiler = host_compiler()
         self._kernels = {m.kernel: compiler.address(m.kernel) for m in program.moments}
-        self._schedules: dict[tuple[int, int, int], tuple[NDArray[np.int64], bool]] = {}
+        self._schedules: dict[_Shape, tuple[NDArray[np.int64], bool]] = {}
 
         # Two tables, because a helper that comes late must find its own: in a small batch each
         # thread has private buffers, in a large one they are shared.
@@ -120,6 +130,7 @@ class Machine:
         self._slots = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._logit_rows = np.zeros(MAX_BATCH_TOKENS, np.int32)
         self._blocks = np.zeros((2 * MAX_BATCH_TOKENS, len(QUERY_BLOCK_FIELDS)), np.int64)
+        self._runs = np.zeros((MAX_BATCH_TOKENS, len(RUN)), np.int64)
         self._partials = allocate(PARTIALS_BYTES)
         self._counters = allocate(MAX_BATCH_TOKENS * program.cache.heads.num_kv_heads * LINE)
         self._batch = np.zeros(len(BATCH), np.int64)
@@ -129,6 +140,7 @@ class Machine:
             ("slots", self._slots),
             ("logit_rows", self._logit_rows),
             ("query_blocks", self._blocks),
+            ("runs", self._runs),
         ):
             self._batch[BATCH.index(name)] = array.ctypes.data
         self._stamps: Stamps | None = None
@@ -182,9 +194,11 @@ class Machine:
         self._check(token_ids, chunks, logit_rows)
         self._token_ids[:num_tokens] = token_ids
         self._logit_rows[:num_logits] = logit_rows
-        num_blocks = self._place(chunks)
+        num_blocks, num_runs = self._place(chunks), self._note_runs(chunks)
         self._batch[0], self._batch[1] = num_tokens, num_logits
-        schedule, replicated = self._schedule(num_tokens, num_logits, num_blocks)
+        self._batch[BATCH.index("num_runs")] = num_runs
+        shape = (num_tokens, num_logits, num_blocks, num_runs > 0)
+        schedule, replicated = self._schedule(shape)
         stamps = self._stamps
         slot = stamps.take() if stamps else 0
         before = time.perf_counter_ns()
@@ -240,6 +254,9 @@ class Machine:
                 pages.dtype == np.int32 and pages.flags.c_contiguous, "the layout of a page table"
             )
             _require(pages.min() >= 0 and pages.max() < self.num_pages, "a page")
+            adapter = chunk.adapter
+            known = adapter is None or 0 <= adapter < self.program.num_adapters
+            _require(known, "an adapter")
         _require(covered == num_tokens, "the number of tokens in chunks")
         ascending = all(a < b for a, b in pairwise(logit_rows))
         _require(ascending and all(0 <= row < num_tokens for row in logit_rows), "a row of logits")
@@ -269,6 +286,20 @@ class Machine:
         self._blocks[: len(records)] = records
         return len(records)
 
+    def _note_runs(self, chunks: Sequence[Chunk]) -> int:
+        """Writes the runs of tokens that have one adapter; returns their number."""
+        runs: list[list[int]] = []
+        for chunk in chunks:
+            if chunk.adapter is None:
+                continue
+            if runs and runs[-1][2] == chunk.adapter and sum(runs[-1][:2]) == chunk.start:
+                runs[-1][1] += chunk.count
+            else:
+                runs.append([chunk.start, chunk.count, chunk.adapter])
+        if runs:
+            self._runs[: len(runs)] = runs
+        return len(runs)
+
     def _records(self, blocks: list[tuple[int, int, int, int]]) -> list[tuple[int, ...]]:
         """The records of query blocks (layout.QUERY_BLOCK_FIELDS). The splits of a block's keys are
         cut into parts, records of their own, where it is so much of the batch that a thread would
@@ -297,23 +328,20 @@ class Machine:
             counters += heads.num_kv_heads * LINE
         return records
 
-    def _schedule(
-        self, num_tokens: int, num_logits: int, num_blocks: int
-    ) -> tuple[NDArray[np.int64], bool]:
-        key = (num_tokens, num_logits, num_blocks)
-        found = self._schedules.get(key)
+    def _schedule(self, shape: _Shape) -> tuple[NDArray[np.int64], bool]:
+        found = self._schedules.get(shape)
         if found is None:
-            replicated = num_tokens <= REPLICATE_UP_TO
-            rows = [self._entry(moment, key, replicated) for moment in self.program.moments]
+            replicated = shape[0] <= REPLICATE_UP_TO
+            rows = [self._entry(moment, shape, replicated) for moment in self.program.moments]
             found = np.array(rows, np.int64), replicated
             # A helper that has not left its last step may still read that step's schedule.
             if len(self._schedules) >= MAX_SCHEDULES and self._threads.settled:
                 self._schedules.clear()
-            self._schedules[key] = found
+            self._schedules[shape] = found
         return found
 
-    def _entry(self, moment: Moment, shape: tuple[int, int, int], replicated: bool) -> list[int]:
-        num_tokens, num_logits, num_blocks = shape
+    def _entry(self, moment: Moment, shape: _Shape, replicated: bool) -> list[int]:
+        num_tokens, num_logits, num_blocks, has_adapters = shape
         match moment.tiles:
             case "tokens":
                 tiles = num_tokens
@@ -325,6 +353,9 @@ class Machine:
                 form = moment.form
                 chosen = min(form.num_experts, num_tokens * form.num_chosen)
                 tiles = chosen * moment.tiles_per_block
+            case "adapters":
+                blocks = -(-num_tokens // BLOCK_TOKENS) if has_adapters else 0
+                tiles = blocks * moment.tiles_per_block
             case int(number):
                 tiles = number
         if moment.of_logits and not num_logits:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.packed import Arena, open_arena
 from cyclewise.weights.source import Source, SourceTensor
+
+if TYPE_CHECKING:
+    from cyclewise.machine.adapters import Adapters
 
 _HUGE_PAGE = 2 * 1024 * 1024
 
@@ -79,8 +82,9 @@ class Matrix:
 class Weights:
     """The packed weights of one source; they live as long as this object."""
 
-    def __init__(self, source: Source, num_threads: int) -> None:
-        self._source = source
+    def __init__(self, source: Source, num_threads: int, adapters: Adapters | None = None) -> None:
+        """`adapters`: what is added to them, for those who write the program."""
+        self._source, self.adapters = source, adapters
         self._pool = ThreadPoolExecutor(num_threads)
         self._num_threads = num_threads
         self._memory: list[NDArray[np.generic]] = []

@@ -17,7 +17,7 @@ from cyclewise.machine.costs import Form
 from cyclewise.machine.names import layer_of
 
 MomentClass = Literal["matmul", "activation", "memory"]
-Tiles = Literal["tokens", "logits", "queries", "experts"]
+Tiles = Literal["tokens", "logits", "queries", "experts", "adapters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,11 @@ class Moment:
     """What it costs."""
     tiles: Tiles | int
     """What its tiles are: one a token or a row of logits; some of each query block, or of each
-    expert that the tokens can choose; or a fixed number.
+    expert that the tokens can choose, or of each block of tokens in a batch with adapters; or a
+    fixed number.
     """
     tiles_per_block: int = 1
-    """Tiles of a query block or an expert."""
+    """Tiles of a query block, an expert or a block of tokens."""
     replicable: bool = False
     """In a small batch every thread computes it for itself."""
 
@@ -71,10 +72,12 @@ class Program:
     """What a thread's kernels need at most."""
     memory: tuple[object, ...] = field(repr=False)
     """Whatever the records point to."""
+    num_adapters: int = 0
+    """LoRA adapters that a token may have one of."""
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that a token of decode streams."""
+        """Bytes of weights that a token of decode streams, with the largest adapter's."""
         return sum(moment.weight_bytes for moment in self.moments)
 
     @property

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Model:
     machine: Any
     format_bytes: dict[str, int]
     """Bytes of the file's tensors by block format."""
+    adapters: list[Any] = field(default_factory=list)
+    """Of each LoRA adapter, in the order of their numbers, an `AdapterFacts`."""
 
     @property
     def program(self) -> Any:
@@ -44,8 +47,9 @@ class Model:
 
 
 def load_model(
-    path: Path | str, *, context: int | None = None, threads: int | None = None
-) -> Model:
+    path: Path | str, *, context: int | None = None, threads: int | None = None,
+    adapters: Mapping[str, Path | str] | None = None,
+) -> Model:  # fmt: skip
     """Reads a GGUF file, packs its weights and starts the machine.
 
     Args:
@@ -53,10 +57,13 @@ def load_model(
         context: tokens that a sequence may hold; the model's own, at most 4,096, if None.
         threads: threads to run; None: as the machine profile says, or one for each CPU that the
             process may use. Never more than those.
+        adapters: LoRA adapters by name: PEFT's directories or GGUF files.
 
     Raises:
-        ModelFileError: the file is damaged or lacks something.
-        UnsupportedModelError: its architecture or a format is not known here.
+        ModelFileError: a file is damaged or lacks something.
+        UnsupportedModelError: its architecture or a format is not known here, or an adapter is of
+            another model or another kind.
+        ModelNotFoundError: there is no such adapter.
     """
     from cyclewise.machine.builder import load_kernels
     from cyclewise.machine.host import available_cpus
@@ -83,7 +90,12 @@ def load_model(
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
         config = read_config(source.metadata, architecture, table.shape[0], context)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
-        with Weights(source, available_cpus()) as weights:
+        packed = None
+        if adapters:
+            from cyclewise.models.adapters import load_adapters
+
+            packed = load_adapters(adapters, source, config)
+        with Weights(source, available_cpus(), packed) as weights:
             build = builders[architecture]
             if architecture == "llama" and config.num_experts:
                 build = mixtral.build
@@ -91,4 +103,7 @@ def load_model(
         formats: dict[str, int] = {}
         for tensor in source.tensors.values():
             formats[tensor.format.name] = formats.get(tensor.format.name, 0) + tensor.nbytes
-        return Model(Path(path), config, source.metadata, Machine(program, num_threads), formats)
+        return Model(
+            Path(path), config, source.metadata, Machine(program, num_threads), formats,
+            packed.finish() if packed else [],
+        )  # fmt: skip

@@ -17,7 +17,7 @@ from cyclewise.machine.experts import ExpertBuilder, ExpertShape
 from cyclewise.machine.packing import Matrix, Weights
 from cyclewise.machine.program import Program
 from cyclewise.models.config import Config, Rope
-from cyclewise.models.rope import rope_tables
+from cyclewise.models.rope import halves_order, rope_tables
 
 Floats = NDArray[np.float32]
 Tables = tuple[Floats, Floats]
@@ -34,6 +34,7 @@ class Decoder:
             "num_layers": config.num_layers, "feed_forward": config.feed_forward,
             "vocab_size": config.vocab_size, "context_length": config.context_length,
             "num_threads": num_threads, "epsilon": config.norm_epsilon,
+            "adapters": weights.adapters,
         }  # fmt: skip
         self.experts: ExpertBuilder | None = None
         if config.num_experts:
@@ -217,12 +218,7 @@ class Layer:
         this changes no dot product of a query and a key.
         """
         rope, head_dim = self._config.rope, self._config.head_dim
-        if not rope.neighbours:
-            return None
-        head, rotated = np.arange(head_dim), np.arange(rope.dim)
-        head[: rope.dim] = np.concatenate([rotated[::2], rotated[1::2]])
-        starts = np.arange(num_heads)[:, None] * head_dim
-        return (starts + head).reshape(-1).astype(np.int32)
+        return halves_order(rope.dim, head_dim, num_heads) if rope.neighbours else None
 
 
 def _norm(decoder: Decoder, name: str, tensor: str, *, of_logits: bool = False) -> None:

@@ -35,6 +35,16 @@ def rope_tables(
     )
 
 
+def halves_order(rope_dim: int, head_dim: int, num_heads: int) -> NDArray[np.int32]:
+    """Which row each is of a matrix whose heads have RoPE's pairs as neighbours, when the pairs are
+    to be the halves of a head.
+    """
+    head, rotated = np.arange(head_dim), np.arange(rope_dim)
+    head[:rope_dim] = np.concatenate([rotated[::2], rotated[1::2]])
+    starts = np.arange(num_heads)[:, None] * head_dim
+    return (starts + head).reshape(-1).astype(np.int32)
+
+
 def _frequencies(rope: Rope, context_length: int) -> Doubles:
     """Radians a position, (dim / 2)."""
     base = rope.base

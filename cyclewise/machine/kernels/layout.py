@@ -24,7 +24,11 @@ BATCH = (
     "slots",  # int32 (num_tokens): page * PAGE_TOKENS + place in the page
     "logit_rows",  # int32 (num_logits)
     "query_blocks",  # records QUERY_BLOCK_FIELDS
+    "num_runs",
+    "runs",  # records RUN: tokens with an adapter, in order
 )
+RUN = ("first_token", "num_tokens", "adapter")
+"""Consecutive tokens of one adapter."""
 QUERY_BLOCK_FIELDS = (
     "first_token", "num_tokens", "first_position", "pages",
     "first_split", "end_split",  # the splits of the keys that this record's tiles take
@@ -48,11 +52,19 @@ LINEAR = (
     "x", "x_stride", "x_private", "columns", "out", "out_stride",
     "add_to_out", "of_logits", "num_parts",
 )  # fmt: skip
-LINEAR_PART = ("tile_kernel", "weights", "tile_bytes", "num_tiles", "out_offset", "bias")
+LINEAR_PART = ("tile_kernel", "weights", "tile_bytes", "num_tiles", "out_offset", "bias", "lora")
 GATED = (
     "x", "x_stride", "x_private", "columns", "out", "out_stride",
     "gate_kernel", "gate", "gate_tile_bytes", "up_kernel", "up", "up_tile_bytes",
+    "gate_lora", "up_lora",
 )  # fmt: skip
+LORA_A = ("x", "x_stride", "x_private", "columns", "low", "num_slots", "num_splits")
+LORA_A_MATRIX = ("kernel", "weights", "tile_bytes", "num_tiles", "column_bytes")
+"""Behind LORA_A, one for each adapter: its A's; `num_tiles` is 0 where it has none."""
+LORA_B = ("kernel", "low", "num_splits")
+"""What a matrix's `lora` points to: the kernel that adds B's part to a tile's sums."""
+LORA_B_MATRIX = ("kernel", "weights", "tile_bytes", "num_blocks", "first_row", "scale")
+"""Behind LORA_B, one for each adapter; `kernel` is 0 where it leaves the matrix alone."""
 ROUTE = (
     "logits", "logits_stride", "num_experts", "num_chosen", "normalize",
     "slots", "places", "row_tokens", "row_weights",

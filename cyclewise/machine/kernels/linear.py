@@ -15,7 +15,15 @@ from functools import partial
 
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.lang import F32, Emitter, Value, vector
-from cyclewise.machine.kernels.layout import BATCH, GATED, LINEAR, LINEAR_PART, THREAD, Record
+from cyclewise.machine.kernels.layout import (
+    BATCH,
+    GATED,
+    LINEAR,
+    LINEAR_PART,
+    LORA_B,
+    THREAD,
+    Record,
+)
 from cyclewise.machine.kernels.math import gelu, silu
 
 Activation = Callable[[Emitter, Value], Value]
@@ -57,6 +65,7 @@ def _linear(
             emitter.call_address(
                 part.tile_kernel, weights, m.columns, x, m.x_stride, count, sums, scratch
             )
+            _add_adapters(emitter, part.lora, batch, tile, sums)
             initial = emitter.variable(emitter.constant(0.0, floats))
             with emitter.when(part.bias.differs(0)):
                 initial.set(emitter.load(part.bias + tile * 64, floats))
@@ -91,10 +100,18 @@ def _gated(
         gate, up = m.gate + tile * m.gate_tile_bytes, m.up + tile * m.up_tile_bytes
         emitter.call_address(m.gate_kernel, gate, m.columns, x, m.x_stride, count, gates, scratch)
         emitter.call_address(m.up_kernel, up, m.columns, x, m.x_stride, count, ups, scratch)
+        _add_adapters(emitter, m.gate_lora, batch, tile, gates)
+        _add_adapters(emitter, m.up_lora, batch, tile, ups)
         with emitter.range(0, count) as token:
             opened = activation(emitter, emitter.load(gates + token * 64, floats))
             value = opened * emitter.load(ups + token * 64, floats)
             emitter.store(m.out + token * m.out_stride + tile * 64, value)
+
+
+def _add_adapters(emitter: Emitter, lora: Value, batch: Value, tile: Value, sums: Value) -> None:
+    """Adds to a tile's sums what the tokens' adapters (`lora.py`) add to them."""
+    with emitter.when(lora.differs(0)):
+        emitter.call_address(Record(emitter, lora, LORA_B).kernel, lora, batch, tile, sums)
 
 
 def linear_unit() -> Unit:

@@ -1,0 +1,173 @@
+"""LoRA adapters (Hu et al., 2021): to W x comes scale * B (A x), for the tokens that have one.
+
+`lora_a` is a moment's kernel: A x, of float32 activations, for all matrices that share an input.
+Their A's lie one below the other, so that small ranks fill a tile of 16 rows together. Columns are
+cut into *splits* that threads take apart, and the sums of each lie in
+
+    low    (tiles, splits, MAX_BATCH_TOKENS, 16)   float32
+
+`lora_b` adds B's part to the sums of one tile of a matrix, before bias and activation: `linear.py`
+calls it. It adds the splits up in order, takes the scale, and multiplies eight columns of B at a
+time, each eight from 0. So a token's bits depend neither on what comes with it nor on which
+adapters the other tokens of the batch have.
+
+Tokens come in *runs* (`layout.RUN`) of one adapter; those without one are in none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llvmlite import ir
+
+from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, ROWS
+from cyclewise.machine.kernels.compiler import Unit
+from cyclewise.machine.kernels.float_matmul import FloatMatmul
+from cyclewise.machine.kernels.lang import F32, Emitter, Value, vector
+from cyclewise.machine.kernels.layout import (
+    BATCH,
+    LORA_A,
+    LORA_A_MATRIX,
+    LORA_B,
+    LORA_B_MATRIX,
+    RUN,
+    THREAD,
+    Record,
+)
+from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+
+SPLIT_COLUMNS = 1024
+"""Whole blocks of the matrix kernels."""
+BLOCK_TOKENS = 64
+"""Tokens that a tile of `lora_a` takes."""
+BLOCK_COLUMNS = 8
+"""Columns of B that are added up from 0; every A has so many rows, or a multiple of it."""
+SPLIT_BYTES = MAX_BATCH_TOKENS * ROWS * 4
+_TOKEN_TILES = (4, 2, 1)
+
+
+def _lora_a(
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
+) -> None:
+    """A tile is one split of 16 rows of the A's, for a block of tokens."""
+    m, t = Record(emitter, moment, LORA_A), Record(emitter, thread, THREAD)
+    x = m.x + t.private * m.x_private
+    per_block = m.num_slots * m.num_splits
+    with emitter.range(first, last) as index:
+        begin = index // per_block * BLOCK_TOKENS
+        place = index % per_block
+        slot, column = place // m.num_splits, place % m.num_splits * SPLIT_COLUMNS
+        columns = emitter.minimum(m.columns - column, emitter.constant(SPLIT_COLUMNS))
+        low = m.low + place * SPLIT_BYTES
+        with _runs(emitter, batch) as (adapter, run_first, run_last):
+            matrix = _of_adapter(emitter, moment, LORA_A, LORA_A_MATRIX, adapter)
+            token = emitter.maximum(run_first, begin)
+            count = emitter.minimum(run_last, begin + BLOCK_TOKENS) - token
+            with emitter.when((count > 0) & (matrix.num_tiles > slot)):
+                weights = matrix.weights + slot * matrix.tile_bytes + column * matrix.column_bytes
+                at, to = x + token * m.x_stride + column * 4, low + token * (ROWS * 4)
+                emitter.call_address(
+                    matrix.kernel, weights, columns, at, m.x_stride, count, to, t.scratch
+                )
+
+
+def _lora_b(emitter: Emitter, table: Value, batch: Value, tile: Value, sums: Value) -> None:
+    with _runs(emitter, batch) as (adapter, first, last):
+        matrix = _of_adapter(emitter, table, LORA_B, LORA_B_MATRIX, adapter)
+        with emitter.when(matrix.kernel.differs(0)):
+            weights = matrix.weights + tile * matrix.tile_bytes
+            # The next tile's, which is small and would be waited for.
+            with emitter.range(matrix.tile_bytes, 2 * matrix.tile_bytes, 64) as ahead:
+                emitter.prefetch(weights + ahead)
+            record = table + (8 * len(LORA_B) + adapter * (8 * len(LORA_B_MATRIX)))
+            to = sums + first * (ROWS * 4)
+            emitter.call_address(matrix.kernel, table, record, weights, first, last - first, to)
+
+
+@contextmanager
+def _runs(emitter: Emitter, batch: Value) -> Iterator[tuple[Value, Value, Value]]:
+    """A loop over the batch's runs: adapter, first token, and the one behind the last."""
+    b = Record(emitter, batch, BATCH)
+    with emitter.range(0, b.num_runs) as index:
+        run = Record(emitter, b.runs + index * (8 * len(RUN)), RUN)
+        yield run.adapter, run.first_token, run.first_token + run.num_tokens
+
+
+def _of_adapter(
+    emitter: Emitter, address: Value, head: tuple[str, ...], fields: tuple[str, ...], adapter: Value
+) -> Record:
+    """An adapter's record behind a head."""
+    return Record(emitter, address + (8 * len(head) + adapter * (8 * len(fields))), fields)
+
+
+class _Adding(FloatMatmul):
+    """Writes `lora_b_<format>(table, record, weights, first_token, num_tokens, sums)`."""
+
+    def write(self, emitter: Emitter) -> None:
+        self.emitter, self.lanes = emitter, emitter.target.lanes
+        self.floats, self.parts = vector(F32, self.lanes), ROWS // self.lanes
+        functions: dict[int, ir.Function] = {
+            tokens: emitter.function(
+                f"lora_b_{self.name}_{tokens}", 5,
+                lambda *a, tokens=tokens: self._add(tokens, *a), exported=False,
+            )
+            for tokens in _TOKEN_TILES
+        }  # fmt: skip
+
+        def add(
+            table: Value, record: Value, weights: Value, first: Value, count: Value, sums: Value
+        ) -> None:
+            def call(tokens: int, at: Value) -> None:
+                to = sums + at * (ROWS * 4)
+                emitter.call(functions[tokens], table, record, weights, first + at, to)
+
+            emitter.in_tiles(count, _TOKEN_TILES, call)
+
+        emitter.function(f"lora_b_{self.name}", 6, add)
+
+    def _add(
+        self, tokens: int, table: Value, record: Value, weights: Value, first: Value, sums: Value
+    ) -> None:
+        emitter = self.emitter
+        head, matrix = Record(emitter, table, LORA_B), Record(emitter, record, LORA_B_MATRIX)
+        num_splits, scale = head.num_splits, emitter.splat(matrix.float("scale"), BLOCK_COLUMNS)
+        x = emitter.stack(-(-tokens * BLOCK_COLUMNS * 4 // 64) * 64)
+        block_bytes = BLOCK_COLUMNS * self.column_bytes
+        with emitter.range(0, matrix.num_blocks) as block:
+            row = matrix.first_row + block * BLOCK_COLUMNS
+            low = head.low + (row >> 4) * num_splits * SPLIT_BYTES + (row & 15) * 4
+            for i in range(tokens):
+                scaled = self._total(low + (first + i) * (ROWS * 4), num_splits) * scale
+                emitter.store(x + i * (BLOCK_COLUMNS * 4), scaled)
+            found = self._zeros(tokens)
+            for column in range(BLOCK_COLUMNS):
+                at = weights + block * block_bytes + column * self.column_bytes
+                values = [self._load(at, part, column % 2 == 1) for part in range(self.parts)]
+                for i in range(tokens):
+                    place = x + (i * BLOCK_COLUMNS + column) * 4
+                    value = emitter.broadcast(place, F32, self.lanes)
+                    for of_part, weight in zip(found, values, strict=True):
+                        of_part[i].set(emitter.fma(weight, value, of_part[i].get()))
+            for part, of_part in enumerate(found):
+                for i, added in enumerate(of_part):
+                    to = sums + i * (ROWS * 4) + part * self.lanes * 4
+                    emitter.store(to, emitter.load(to, self.floats) + added.get())
+
+    def _total(self, low: Value, num_splits: Value) -> Value:
+        """Of all splits, eight columns of a token's A x."""
+        emitter, floats = self.emitter, vector(F32, BLOCK_COLUMNS)
+        total = emitter.variable(emitter.load(low, floats))
+        with emitter.range(1, num_splits) as split:
+            total.add(emitter.load(low + split * SPLIT_BYTES, floats))
+        return total.get()
+
+
+def lora_unit() -> Unit:
+    def write(emitter: Emitter) -> None:
+        emitter.function("lora_a", 5, lambda *a: _lora_a(emitter, *a))
+        emitter.function("lora_b", 4, lambda *a: _lora_b(emitter, *a))
+        for name in FLOAT_FORMATS:
+            _Adding(name).write(emitter)
+
+    return Unit("lora", write, ("lora_a", "lora_b", *(f"lora_b_{name}" for name in FLOAT_FORMATS)))
