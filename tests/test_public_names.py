@@ -74,6 +74,7 @@ def test_fields():
         "grammar",
         "logprobs",
         "prompt_logprobs",
+        "adapter",
     ]
 
 
@@ -85,7 +86,7 @@ def test_methods_of_llm():
     }
     assert list(public) == ["context", "has_chat_template", "generate", "stream", "chat", "close"]
     parameters = inspect.signature(cyclewise.LLM).parameters
-    assert list(parameters) == ["model", "context", "threads", "speculate", "draft"]
+    assert list(parameters) == ["model", "context", "threads", "speculate", "draft", "adapters"]
     assert parameters["model"].default == "smollm2"
 
 
