@@ -17,6 +17,7 @@ from cyclewise.models.config import Config, Rope
 from cyclewise.repl import converse
 from cyclewise.terminal import table, write
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer, hashed_logits, scripted
+from tests.models import lora_oracle, oracle
 
 GREEDY = ["--temperature", "0"]
 
@@ -304,6 +305,7 @@ def test_bench_passes_its_options_on(toy, monkeypatch):
         "depth": 7,
         "repeats": 8,
         "against": ["llama.cpp", "openvino"],
+        "adapter": None,
     }
     assert model.closed
 
@@ -317,6 +319,39 @@ def test_perplexity(toy, tmp_path):
     assert told["tokens"] > 0
     toy(context=16)
     assert call("perplexity", "toy", *options).stdout.startswith("perplexity ")
+
+
+def test_an_adapter_for_every_command(tmp_path):
+    model = str(oracle.write_gguf(tmp_path / "model.gguf", "llama"))
+    lora = str(lora_oracle.write_peft(tmp_path / "adapter", "llama"))
+    told = json.loads(call("info", model, "--lora", lora, "--json").stdout)
+    (adapter,) = told["adapters"]
+    assert (adapter["path"], adapter["modules"], adapter["ranks"]) == (lora, 14, [4])
+    assert (
+        f"adapter          {lora}: 0.1 MB, 14 matrices, rank 4\n"
+        in call("info", model, "--lora", lora).stdout
+    )
+    counts = ("--prompt-tokens", "4", "--generate-tokens", "2", "--repeats", "1")
+    told = json.loads(call("bench", model, "--lora", lora, *counts, "--json").stdout)
+    plain = json.loads(call("bench", model, *counts, "--json").stdout)
+    more = told["bytes_per_decode_token"] - plain["bytes_per_decode_token"]
+    assert more == adapter["nbytes"]
+    refused = call("bench", model, "--lora", lora, "--against", "llama.cpp")
+    assert refused.exit_code == 2 and refused.stderr.startswith("error: --lora has no peer")
+    refused = call("info", model, "--lora", str(tmp_path / "nothing"))
+    assert refused.exit_code == 2
+    assert refused.stderr == f"error: {tmp_path / 'nothing'}: there is no adapter of that name\n"
+
+
+def test_run_asks_for_its_adapter(toy, monkeypatch):
+    seen = []
+    toy()
+    stream = LLM.stream
+    monkeypatch.setattr(
+        LLM, "stream", lambda self, prompt, params: seen.append(params) or stream(self, prompt)
+    )
+    assert call("run", "toy", "xy", "--lora", "some/where").exit_code == 0
+    assert seen == [SamplingParams(adapter="some/where")]
 
 
 class Terminal(io.StringIO):

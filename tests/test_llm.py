@@ -22,11 +22,11 @@ GREEDY = SamplingParams(temperature=0)
 def make(monkeypatch):
     """Make an LLM around a toy."""
 
-    def make_llm(template=False, tokenizer=None, **toy):
+    def make_llm(template=False, tokenizer=None, adapters=None, **toy):
         model = ToyModel(**toy)
         tokens = tokenizer or ToyTokenizer()
         monkeypatch.setattr(cyclewise.llm, "_load", lambda *_: (model, tokens))
-        llm = LLM("toy")
+        llm = LLM("toy", adapters=adapters)
         if template:
             model.metadata["tokenizer.chat_template"] = "toy"
             llm._template = ToyTemplate()
@@ -416,3 +416,55 @@ def test_guesses_within_a_structure(make):
     plain = make(context=200, logits=lambda _: np.zeros(260, dtype=np.float32))
     plain.speculate = False
     assert plain.generate("one two three one two three ", params).token_ids == result.token_ids
+
+
+ADAPTERS = {"pirate": "there", "poet": "here"}
+
+
+def test_an_adapter_is_chosen_by_each_request(make):
+    """What another one computed is not used again."""
+    want = {}
+    for name in (None, "pirate", "poet"):
+        fresh = make(adapters=ADAPTERS, context=64)
+        want[name] = fresh.generate("abc", SamplingParams(seed=1, max_tokens=9, adapter=name)).text
+    assert len(set(want.values())) == 3
+    llm, before = make(adapters=ADAPTERS, context=64), "none"
+    for name in (None, "pirate", "pirate", "poet", None, None, "poet"):
+        result = llm.generate("abc", SamplingParams(seed=1, max_tokens=9, adapter=name))
+        assert result.text == want[name]
+        assert result.reused_tokens == (3 if name == before else 0)
+        before = name
+
+
+def test_several_answers_of_an_adapter(make):
+    llm = make(adapters=ADAPTERS, context=64, spare_pages=64)
+    params = SamplingParams(seed=5, n=3, max_tokens=9, adapter="poet")
+    texts = [choice.text for choice in llm.generate("abc", params).choices]
+    for i, text in enumerate(texts):
+        alone = make(adapters=ADAPTERS, context=64)
+        assert alone.generate("abc", dataclasses.replace(params, seed=5 + i, n=1)).text == text
+
+
+def test_the_prompt_of_an_adapter_is_scored_with_it(make):
+    llm = make(adapters=ADAPTERS, context=64)
+    scores = [
+        llm.generate("abc", SamplingParams(prompt_logprobs=0, adapter=name)).prompt_logprobs[-1]
+        for name in (None, "poet", None)
+    ]
+    assert scores[0] == scores[2] != scores[1]
+
+
+def test_an_unknown_adapter(make):
+    llm = make(adapters=ADAPTERS)
+    with pytest.raises(InvalidParameterError, match=r"called 'piratte': did you mean 'pirate'\?"):
+        llm.generate("abc", SamplingParams(adapter="piratte"))
+    with pytest.raises(InvalidParameterError, match="called 'xyz': known are pirate, poet;"):
+        llm.stream("abc", SamplingParams(adapter="xyz"))
+    with pytest.raises(InvalidParameterError, match="called 'poet': there are none;"):
+        make().generate("abc", SamplingParams(adapter="poet"))
+
+
+@pytest.mark.parametrize("adapters", [["x"], {"x": 1}, {"": "x"}, {1: "x"}, "x"])
+def test_adapters_that_are_none(make, adapters):
+    with pytest.raises(InvalidParameterError, match=r"adapters must be like \{name: path\}"):
+        make(adapters=adapters)

@@ -1,7 +1,8 @@
 """A toy in place of a real model: it keeps the machine's contract and is strict about it.
 
-Its KV cache holds the token ids themselves, page by page; each step reads them back through the
-page tables it is given, so a wrong page, position or chunk changes the logits.
+Its KV cache holds the token ids themselves, page by page, with the number of the adapter that they
+were computed with; each step reads them back through the page tables it is given, so a wrong page,
+position, chunk or adapter changes the logits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 
 VOCAB_SIZE = 260
 BOS, END = 256, 257  # the others up to 255 are bytes
+ADAPTER = 1000
+"""What an adapter's number adds to a token's entry in the cache."""
 
 
 def hashed_logits(token_ids: list[int]) -> np.ndarray:
@@ -73,7 +76,8 @@ class ToyMachine:
             assert len(chunk.pages) * self.page_tokens >= end
             for i in range(chunk.count):
                 page, slot = divmod(chunk.position + i, self.page_tokens)
-                self.kv[chunk.pages[page], slot] = token_ids[chunk.start + i]
+                adapter = 0 if chunk.adapter is None else chunk.adapter + 1
+                self.kv[chunk.pages[page], slot] = token_ids[chunk.start + i] + ADAPTER * adapter
             tokens = self.kv[chunk.pages].reshape(-1)[:end].tolist()
             assert min(tokens) >= 0
             before += [tokens[: chunk.position + i + 1] for i in range(chunk.count)]
@@ -96,6 +100,7 @@ class ToyModel:
             -(-context // page_tokens) + spare_pages, page_tokens, max_batch_tokens, logits
         )
         self.metadata: dict[str, object] = {}
+        self.adapters: list[object] = []
         self.closed = False
 
     def close(self) -> None:

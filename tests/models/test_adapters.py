@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cyclewise.errors import InvalidParameterError
+from cyclewise.machine.costs import BatchShape, cost
 from cyclewise.machine.machine import Chunk
 from cyclewise.models import load_model
 from tests import naive
@@ -154,9 +155,29 @@ def test_what_is_said_of_adapters(load):
     a_rows = 2 * (32 * 64 + 16 * 64 + 16 * 64 + 16 * 96)
     b_rows = 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     assert first.nbytes == 4 * (a_rows + 8 * b_rows)
-    model = load(*TWO)
-    down = next(m for m in model.program.moments if m.name == "layers.0.ffn.down.lora_a")
-    assert (down.kind, down.kernel, down.tiles) == ("matmul", "lora_a", "adapters")
+
+
+def test_what_adapters_cost(load):
+    """The larger of two, whatever a batch has; qkv's A x is 12 numbers of 64 columns."""
+    plain, other = load("llama").program, load("llama", "llama").program
+    batch = BatchShape(((5, 0),), 1)
+    before = {moment.name: moment for moment in plain.moments}
+    after = {moment.name: moment for moment in other.moments}
+    added = {name: after[name] for name in after if name not in before}
+    parts = ("attention.qkv", "attention.output", "ffn.gate_up", "ffn.down")
+    assert list(added) == [f"layers.{i}.{part}.lora_a" for i in range(2) for part in parts]
+    a = cost(after["layers.0.attention.qkv.lora_a"].form, batch)
+    assert (a.unit, a.operations, a.activation_bytes) == ("fma", 5 * 2 * 12 * 64, 5 * 4 * (64 + 12))
+    assert a.weight_bytes == 4 * 32 * 64
+    b, base = (cost(found["layers.0.attention.qkv"].form, batch) for found in (after, before))
+    assert b.operations - base.operations == 5 * (3 * 4 + (2 * 4 + 1) * (64 + 32 + 32))
+    assert b.weight_bytes - base.weight_bytes == 4 * 8 * (64 + 32 + 32)
+    assert b.activation_bytes - base.activation_bytes == 5 * 4 * 12
+    bytes_of = (other.weight_bytes - plain.weight_bytes, load("llama", "llama").adapters[0].nbytes)
+    assert bytes_of[0] == bytes_of[1]
+    two = load(*TWO).program
+    assert two.weight_bytes > other.weight_bytes
+    assert "lora" not in "".join(before)
 
 
 @pytest.mark.slow
