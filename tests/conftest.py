@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from cyclewise.errors import CacheError, DownloadError
+from cyclewise.paths import cache_dir
 from cyclewise.weights import sources
 
 # The same cases at every run, and no timing is a test.
@@ -22,6 +24,20 @@ QWEN_CODER = (
     )
     + "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory) -> Iterator[None]:
+    """A cache that has the user's models and kernels, and not what was measured of this computer:
+    a machine profile changes how many tokens a step holds.
+    """
+    ours, of_user = tmp_path_factory.mktemp("cache"), cache_dir()
+    for name in ("models", "kernels"):
+        (of_user / name).mkdir(parents=True, exist_ok=True)
+        (ours / name).symlink_to(of_user / name, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CYCLEWISE_CACHE", str(ours))
+        yield
 
 
 @pytest.fixture(scope="session")
