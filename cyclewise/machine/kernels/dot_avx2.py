@@ -19,7 +19,7 @@ from cyclewise.machine.kernels.dot import (
     Dot,
     SubScale,
 )
-from cyclewise.machine.kernels.lang import I8, I16, I32, Value, vector
+from cyclewise.machine.kernels.lang import I1, I8, I16, I32, Value, vector
 
 _AT_START = {4: AT_HALF_LANE_SUMS, 16: AT_LANE_SUMS, 32: AT_HALF_LANE_SUMS}
 """Where a zero point's share of a sum of int16 is found."""
@@ -63,11 +63,6 @@ class Avx2Dot(Dot):
         run, at_start = steps_of_a_sum(kind), _AT_START.get(kind.zero_point)
         signed = kind.bits == 8
         totals: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
-        if kind.zero_point and not at_start:
-            for i, address in enumerate(activations):
-                correction = self._correction(address, kind.zero_point)
-                for part in parts:
-                    totals[part][i] = correction
         for first in range(0, STEPS, run):
             partial: list[list[Value | None]] = [[None] * len(activations) for _ in parts]
             if at_start:
@@ -81,7 +76,7 @@ class Avx2Dot(Dot):
                 if in_order:
                     emitter.keep_order()
                 words = [emitter.bitcast(codes(step, part), as_bytes) for part in parts]
-                magnitudes = [self._signed_by(word, word) for word in words] if signed else words
+                magnitudes = [self._magnitude(word) for word in words] if signed else words
                 for i, address in enumerate(activations):
                     loaded = emitter.bitcast(self._words(address + 4 * step), as_bytes)
                     for part in parts:
@@ -97,11 +92,21 @@ class Avx2Dot(Dot):
                     assert value is not None
                     wide, before = self._vpmaddwd(value, factor), totals[part][i]
                     totals[part][i] = wide if before is None else before + wide
-        return [[total for total in found if total is not None] for found in totals]
+        sums = [[total for total in of_part if total is not None] for of_part in totals]
+        if kind.zero_point and not at_start:
+            # Read last, so that the sums have its registers.
+            starts = [self._correction(address, kind.zero_point) for address in activations]
+            sums = [[a + b for a, b in zip(found, starts, strict=True)] for found in sums]
+        return sums
 
     def _vpmaddubsw(self, left: Value, right: Value) -> Value:
         result = vector(I16, 2 * self.lanes)
         return self.emitter.intrinsic("llvm.x86.avx2.pmadd.ub.sw", result, left, right)
+
+    def _magnitude(self, value: Value) -> Value:
+        """VPABSB: unsigned, so that -128 becomes 128."""
+        wraps = self.emitter.constant(0, I1)
+        return self.emitter.intrinsic(f"llvm.abs.v{4 * self.lanes}i8", value.type, value, wraps)
 
     def _signed_by(self, value: Value, sign: Value) -> Value:
         """VPSIGNB: `value`, negated where `sign` is negative, 0 where it is 0."""
