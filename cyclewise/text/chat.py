@@ -139,7 +139,8 @@ class ChatTemplate:
 
                 sandbox = Sandbox(self._marks.of_role)
                 sandbox.begin()
-                tree = mark_literals(sandbox.parse(self._source), self._marks, ROLES)
+                parsed = sandbox.parse(self._source)
+                tree = mark_literals(parsed, self._marks, ROLES, sandbox.budget.tick)
                 code = sandbox.compile(tree)
                 self._template = sandbox.template_class.from_code(
                     sandbox, code, sandbox.make_globals(None)
@@ -167,6 +168,7 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything that Python can
             reason = f"failed: {type(error).__name__}: {error}"
         reason = self._marks.parts(" ".join(reason.split())[:600]).text
+        reason = "".join(c if c.isprintable() else "\ufffd" for c in reason)
         raise TemplateError(f"the chat template {reason}")
 
 

@@ -22,7 +22,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
+from jinja2.runtime import Context, LoopContext, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -184,6 +184,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.budget.measure(value)
         return value
 
+    def copied(self, value: Any) -> Any:
+        """`bounded`, of what may be a text: one that was copied counts as made."""
+        self._spend_sequence(value, 1)
+        return self.bounded(value)
+
     def concat(self, parts: Iterable[Any]) -> str:
         """The texts of `parts`, one after the other: all that a template prints goes through it."""
         texts = []
@@ -257,8 +262,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if __obj.__name__ == "join":
                 args = tuple(list(self._turns(items)) for items in args)
-            self._check_method(owner, __obj.__name__, args)
-        if owner is self:  # bounded, guarded_loop and concatenated check for themselves
+            self._check_method(owner, __obj.__name__, (*args, *kwargs.values()))
+        if isinstance(__obj, LoopContext):  # a recursive loop, over what is given here
+            args = tuple(map(self.guarded_loop, args))
+            kwargs = {name: self.guarded_loop(items) for name, items in kwargs.items()}
+        if owner is self:  # bounded, guarded_loop and the like check for themselves
             return __obj(*args)
         return self.bounded(super().call(__context, __obj, *args, **kwargs))
 
@@ -330,7 +338,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         @wraps(function)  # keeps jinja2's marks of what a filter wants passed
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.budget.tick()
-            return self.bounded(function(*args, **kwargs))
+            return self.copied(function(*args, **kwargs))
 
         return guarded
 

@@ -1,12 +1,12 @@
 """A parsed chat template, made safe to run: `text/chat.py` passes every template through here.
 
-Literals get their special tokens marked (see `chat.py`), and loops, list literals and `~` are led
-through the sandbox's checks, for which jinja2 has no hook.
+Literals get their special tokens marked (see `chat.py`), and loops, list literals, slices and `~`
+are led through the sandbox's checks, for which jinja2 has no hook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from jinja2 import nodes
@@ -30,21 +30,27 @@ _SEARCHES_TEXT = (
 _SEARCHES = frozenset(_SEARCHES_TEXT.split())
 
 
-def mark_literals(template: nodes.Template, marks: Marks, roles: Iterable[str]) -> nodes.Template:
+def mark_literals(
+    template: nodes.Template, marks: Marks, roles: Iterable[str], tick: Callable[[], None]
+) -> nodes.Template:
     """`template`, changed in place: literals marked, loops and lists guarded.
 
-    `roles` are the words that may make a special token together with the literals around them.
+    `roles` are the words that may make a special token together with the literals around them;
+    `tick` raises once the time is up.
     """
-    _Marker(marks, tuple(roles)).visit(template)
+    _Marker(marks, tuple(roles), tick).visit(template)
     assert template.environment is not None
     template.set_environment(template.environment)  # for the nodes that are new
     return template
 
 
 class _Marker(NodeTransformer):
-    def __init__(self, marks: Marks, roles: tuple[str, ...]) -> None:
+    def __init__(self, marks: Marks, roles: tuple[str, ...], tick: Callable[[], None]) -> None:
         self._marks = marks
-        self._roles = roles
+        self._tick = tick
+        around = (token.partition(role) for token in marks.tokens for role in roles)
+        # What stands before and after a role in a special token: the longest token's first.
+        self._around = list(dict.fromkeys((o, c) for o, role, c in around if role and o and c))
 
     # Literals.
 
@@ -76,6 +82,9 @@ class _Marker(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         node.node = self.visit(node.node)
+        if isinstance(node.arg, nodes.Slice):
+            node.arg = self.visit(node.arg)
+            return _call("copied", [node], node)
         node.arg = self._searched(node.arg)
         return node
 
@@ -151,12 +160,10 @@ class _Marker(NodeTransformer):
 
     def _borders(self, left: str, right: str) -> tuple[str, str] | None:
         """The ends of `left` and `right` that make a special token of a role between them."""
-        for token in self._marks.tokens:
-            for role in self._roles:
-                opening, found, closing = token.partition(role)
-                made = found and opening and closing
-                if made and left.endswith(opening) and right.startswith(closing):
-                    return opening, closing
+        self._tick()
+        for opening, closing in self._around:
+            if left.endswith(opening) and right.startswith(closing):
+                return opening, closing
         return None
 
     # Loops and lists.

@@ -6,6 +6,7 @@ import pytest
 
 from cyclewise.errors import TemplateError
 from cyclewise.text import sandbox
+from cyclewise.text.chat import ChatTemplate
 from tests.text.test_chat import template, user
 
 
@@ -28,6 +29,8 @@ def short_time(monkeypatch):
         "{% for x in [1, 2] recursive %}{{ loop([1, 2, 3]) if loop.depth < 50 }}{% endfor %}",
         "{% for i in range(99999) if range(99999) | list | length == 0 %}{% endfor %}",
         "{% for i in range(99999) %}{% set x = ('a ' * 99999) | title %}{% endfor %}",
+        "{% for x in [1] recursive %}{% if loop.first and loop.depth < 2 %}{{ loop(range(99999)) }}"
+        "{% else %}" + "{% set y = x - x %}" * 2000 + "{% endif %}{% endfor %}",
     ],
 )
 def test_what_runs_too_long_is_stopped(short_time, source):
@@ -50,6 +53,7 @@ def test_what_runs_too_long_is_stopped(short_time, source):
         "{{ 'x'.center(10**9) }}{{ 1 }}",
         "{{ 'x'.zfill(10**9) }}",
         "{{ '\t'.expandtabs(10**9) }}",
+        "{{ '\t'.expandtabs(tabsize=10**9) }}",
         "{{ ('a' * 10**6) | replace('a', 'b' * 10**5) }}",
         "{{ ('a' * 10**6).replace('a', 'b' * 10**5) }}",
         "{{ ('a' * 10**5) | list | join('b' * 10**5) }}",
@@ -78,6 +82,30 @@ def test_what_is_too_large_is_never_made(source):
     finally:
         tracemalloc.stop()
     assert peak < 64 << 20
+
+
+@pytest.mark.parametrize("copy", ["[1:]", " | upper", " | trim", " | e"])
+def test_copies_count_together(copy):
+    names = (f"{{% set a{i} = a{copy} %}}" for i in range(1000))
+    tracemalloc.start()
+    try:
+        refused("{% set a = 'a' * 2000000 %}" + "".join(names), "was stopped")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20
+
+
+def test_many_special_tokens_with_roles_in_them(short_time):
+    tokens = [f"<|{i}_user_{i}|>" for i in range(20_000)]
+    source = "".join("<{{ m.role }}>" for _ in range(4000))
+    chat = ChatTemplate(source, bos_token="", eos_token="", special_tokens=tokens)
+    with pytest.raises(TemplateError, match="ran for longer"):
+        chat.render(user("x"))
+
+
+def test_a_reason_cannot_move_the_cursor():
+    refused(r"{{ raise_exception('\x1b]0;owned\x07') }}", "^[ -~\ufffd]*owned\ufffd$")
 
 
 @pytest.mark.parametrize(
