@@ -22,7 +22,7 @@ from cyclewise.errors import ModelFileError, UnsupportedModelError
 from cyclewise.text.encoders import SPACE, byte_level_alphabet
 from cyclewise.text.tokenizer import Tokenizer, without_surrogates
 from cyclewise.text.vocabulary import TokenType, Vocabulary, fill_texts, stop_ids
-from cyclewise.weights.hf_files import STOP_IDS, TOKENIZER_CONFIG, TOKENIZER_JSON
+from cyclewise.weights.hf_files import STOP_IDS, TOKENIZER_CONFIG, TOKENIZER_JSON, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from cyclewise.text.chat import Rendered
@@ -50,7 +50,10 @@ class JsonTokenizer(Tokenizer):
         settings = metadata.get(TOKENIZER_CONFIG, {})
         _check_growth(parsed)
         added = _added_tokens(parsed, settings)
-        vocabulary = _vocabulary(parsed, settings, added, metadata.get(STOP_IDS, []))
+        least_size = metadata.get(VOCAB_SIZE)
+        least_size = least_size if type(least_size) is int and least_size <= _MAX_ID else 0
+        stops = metadata.get(STOP_IDS, [])
+        vocabulary = _vocabulary(parsed, settings, added, stops, least_size)
         hidden = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
         self._secrets = {vocabulary.tokens[i]: f"{_SECRET}{i}{_SECRET}" for i in hidden}
         self._library = _library(texts, added, self._secrets)
@@ -199,10 +202,11 @@ def _vocabulary(
     settings: Mapping[str, Any],
     added: list[dict[str, Any]],
     stops: list[int],
+    least_size: int,
 ) -> Vocabulary:
     ids = _model_ids(parsed["model"])
     ids |= {content: i for i, content in _contents(added)}
-    size = max(ids.values(), default=-1) + 1
+    size = max(max(ids.values(), default=-1) + 1, least_size)
     if len(set(ids.values())) != len(ids):
         raise _damaged("two tokens have one id")
     tokens = [f"[EMPTY_{i}]" for i in range(size)]

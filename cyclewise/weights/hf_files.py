@@ -18,6 +18,8 @@ TOKENIZER_JSON = "tokenizer.huggingface.json"
 """`tokenizer.json` as it is, a text."""
 TOKENIZER_CONFIG = "cyclewise.tokenizer_config"
 """`tokenizer_config.json`, a dictionary."""
+VOCAB_SIZE = "cyclewise.vocab_size"
+"""The number of logits of a token, of which the last may have no name in the tokenizer."""
 STOP_IDS = "cyclewise.stop_token_ids"
 """A list: the tokens that end a generation, as generation_config.json or config.json has them."""
 
@@ -77,6 +79,7 @@ def text_metadata(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if tokenizer is not None:
         metadata[TOKENIZER_JSON] = tokenizer
         metadata[TOKENIZER_CONFIG] = settings
+        metadata[VOCAB_SIZE] = config.get("vocab_size")
     metadata |= _chat_templates(folder, settings)
     generation = read_object(folder / "generation_config.json") or {}
     stop_ids = generation.get("eos_token_id", config.get("eos_token_id"))

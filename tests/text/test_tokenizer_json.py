@@ -172,6 +172,20 @@ def test_stop_tokens():
     assert "<tool>" in tokenizer.control_tokens  # what ends a turn is none of a user's
 
 
+def test_tokens_without_a_name_print_nothing():
+    """A model's table may have more rows than its tokenizer has tokens, and any may be drawn."""
+    text = byte_level().to_str()
+    size = make(text).vocab_size
+    for vocab_size, found in ((size + 5, size + 5), (3, size), (1 << 40, size), ("x", size)):
+        metadata = {"tokenizer.huggingface.json": text, "cyclewise.vocab_size": vocab_size}
+        tokenizer = Tokenizer.from_metadata(metadata)
+        assert tokenizer.vocab_size == found
+    padded = Tokenizer.from_metadata(metadata | {"cyclewise.vocab_size": size + 5})
+    ids = padded.encode("hello")
+    assert padded.decode([size, *ids, size + 4]) == "hello"
+    assert padded.all_bytes()[size:] == [b""] * 5
+
+
 def test_streams_are_exact():
     tokenizer = make(byte_level())
     text = "hello 日本語 🙂 <tool>"

@@ -277,6 +277,7 @@ def test_what_lies_beside_the_weights(tmp_path):
     assert json.loads(metadata["tokenizer.huggingface.json"]) == {"model": {}}
     assert metadata["tokenizer.chat_template"] == "{{ messages }}"
     assert metadata["cyclewise.stop_token_ids"] == [5, 6]
+    assert metadata["cyclewise.vocab_size"] == 20
     assert {k: v for k, v in metadata.items() if k.startswith("general.sampling")} == {
         "general.sampling.temp": 0.6,
         "general.sampling.top_p": 0.9,
