@@ -99,14 +99,14 @@ class Sequence:
         if missing + copied > self._pool.num_free:
             raise CyclewiseError(
                 f"the KV cache is full: {missing + copied} more pages are needed and "
-                f"{self._pool.num_free} of {self._pool.num_pages} are free; free a sequence, or "
-                f"load the model with a larger `context` or more `sequences`"
+                f"{self._pool.num_free} of {self._pool.num_pages} are free; ask for fewer answers "
+                f"(`n`) or shorter ones (`max_tokens`), or load the model with a larger `context`"
             )
         if copied:
             shared, own = int(self._pages[last]), self._pool.take()
             self._pool.copy_page(shared, own)
+            self._pages[last] = own  # before the other is given back: Ctrl-C may come in between
             self._pool.give(shared)
-            self._pages[last] = own
         for _ in range(missing):
             self._pages[self._num_pages] = self._pool.take()
             self._num_pages += 1

@@ -159,7 +159,7 @@ def read_config(
     experts = read.integer("expert_count") if read.scalar("expert_count") else 0
     return Config(
         architecture=architecture,
-        name=str(metadata.get("general.name", architecture)),
+        name=_name(metadata.get("general.name", architecture)),
         num_layers=layers,
         hidden_size=hidden,
         num_heads=heads,
@@ -188,6 +188,11 @@ def read_config(
         else 0,
         expert_weights_normalized=bool(read.scalar("expert_weights_norm") in (None, True)),
     )
+
+
+def _name(value: object) -> str:
+    """For people: nothing in it moves a terminal's cursor or renames its window."""
+    return "".join(c for c in str(value)[:200] if c.isprintable())
 
 
 def _context(asked: int | None, trained: int, rope: Rope) -> int:

@@ -109,6 +109,12 @@ def test_an_array_in_the_place_of_a_number(key):
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+def test_a_name_is_one_line_of_text():
+    for given, name in (("Tiny 1", "Tiny 1"), ("a\x1b]0;b\a\nc", "a]0;bc"), (3, "3")):
+        assert config(more={"general.name": given}).name == name
+    assert len(config(more={"general.name": "x" * 10**6}).name) == 200
+
+
 def test_a_factor_that_would_make_angles_infinite():
     for number in (1e-300, 5e-324):
         with pytest.raises(ModelFileError, match="factor"):
