@@ -175,6 +175,8 @@ class Document:
         self._bases[id(node)] = base
         for name in ("$anchor", "$dynamicAnchor"):
             if name in node:
+                if not isinstance(node[name], str):
+                    raise InvalidParameterError(f"json_schema is no schema: `{name}` is no name")
                 self._anchors[base, node[name]] = node
         if "$dynamicAnchor" in node:
             name = node["$dynamicAnchor"]

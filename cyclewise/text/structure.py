@@ -60,8 +60,10 @@ class Structures:
             )
         self._library = _library()
         self._vocab_size = vocab_size
+        # A tokenizer may have tokens behind those that the model has logits of.
+        self._num_tokens = max(vocab_size, tokenizer.vocab_size)
         self._tokens = self._library.LLTokenizer(
-            _Tokens(tokenizer, vocab_size),
+            _Tokens(tokenizer, self._num_tokens),
             eos_token=sorted(tokenizer.stop_ids),
             slices=self._library.LLTokenizer.json_slices(),
         )
@@ -81,7 +83,8 @@ class Structures:
             self._compiled = (asked, self.compile(*asked))
         matcher = self._compiled[1].deep_copy()
         greedy = params.temperature == 0
-        return Structure(matcher, self._vocab_size, self._worker, ahead=not greedy)
+        sizes = self._vocab_size, self._num_tokens
+        return Structure(matcher, sizes, self._worker, ahead=not greedy)
 
     def close(self) -> None:
         """End the thread that works out what is allowed."""
@@ -92,11 +95,15 @@ class Structures:
             raise InvalidParameterError(
                 f"{kind} has {len(text)} characters, and {_LONGEST} are the most"
             )
-        if kind == "json_schema":
-            matcher = self._compile_schema(text)
-        else:
-            of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
-            matcher = self._matcher(of_text(text))
+        try:
+            if kind == "json_schema":
+                matcher = self._compile_schema(text)
+            else:
+                of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
+                matcher = self._matcher(of_text(text))
+        except ValueError as error:  # half a character, a number of a thousand digits
+            reason = " ".join(str(error).split())
+            raise InvalidParameterError(f"{kind} cannot be followed: {reason}") from None
         if matcher.is_error():
             raise _refusal(kind, matcher)
         trial = matcher.deep_copy()
@@ -157,13 +164,14 @@ class Structure:
     """
 
     def __init__(
-        self, matcher: Any, vocab_size: int, worker: ThreadPoolExecutor, *, ahead: bool
+        self, matcher: Any, sizes: tuple[int, int], worker: ThreadPoolExecutor, *, ahead: bool
     ) -> None:
+        """`sizes`: how many tokens have logits, and how many there are."""
         self._matcher = matcher
-        self._vocab_size = vocab_size
+        self._vocab_size, num_tokens = sizes
         self._worker = worker
         self._ahead = ahead
-        self._bits = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        self._bits = np.zeros(-(-num_tokens // 32), dtype=np.uint32)
         self._next: Future[npt.NDArray[np.bool_]] | None = None
         self._begin()
 

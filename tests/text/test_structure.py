@@ -79,6 +79,25 @@ def test_what_cannot_be_followed(structures, values, sentence):
         structures.make(SamplingParams(**values))
 
 
+@pytest.mark.parametrize("values", [
+    {"regex": "\ud800"}, {"grammar": 'start: "\ud800"'}, {"json_schema": {"const": "\ud800"}},
+    {"json_schema": '{"const": ' + "9" * 4000 + "}"}, {"json_schema": {"$anchor": []}},
+])  # fmt: skip
+def test_what_the_library_cannot_read(structures, values):
+    with pytest.raises(InvalidParameterError, match=r"cannot be followed|no schema") as caught:
+        structures.make(SamplingParams(**values))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE - 1, END + 1, 200, VOCAB_SIZE + 40])
+def test_a_tokenizer_with_more_tokens_than_the_model_or_fewer(vocab_size):
+    made = Structures(ToyTokenizer(), vocab_size)
+    structure = made.make(SamplingParams(regex="ab?"))
+    assert structure.allowed().shape == (vocab_size,)
+    assert allowed(structure) == [*b"a"]
+    made.close()
+
+
 def test_a_structure_that_grows_too_complex(structures):
     many = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(600)}}
     structure = structures.make(SamplingParams(json_schema=many))
