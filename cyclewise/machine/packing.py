@@ -23,6 +23,7 @@ from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedM
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.packed import Arena, open_arena
+from cyclewise.weights.mapped import shown
 from cyclewise.weights.source import Source, SourceTensor
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class Weights:
         if left:
             raise UnsupportedModelError(
                 f"{self._source.path}: the model's architecture is not known to have a tensor like "
-                f"{left[0]} ({len(left)} in all); it is a variant that is not supported."
+                f"{shown(left[0])} ({len(left)} in all); it is a variant that is not supported."
             )
 
     def keep(self, array: NDArray[np.float32]) -> NDArray[np.float32]:

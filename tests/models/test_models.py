@@ -275,8 +275,11 @@ def test_what_is_not_supported(tmp_path):
     partly = Tiny(format="Q4_0", formats={"ffn_up": "F32"})
     refused(tmp_path, partly, UnsupportedModelError, "partly float")
     more = lambda t: t.update({"blk.1.attn_sinks.weight": t["output_norm.weight"]})  # noqa: E731
-    match = r"not known to have a tensor like blk.1.attn_sinks.weight \(1 in all\)"
+    match = r"not known to have a tensor like 'blk.1.attn_sinks.weight' \(1 in all\)"
     refused(tmp_path, Tiny(), UnsupportedModelError, match, more)
+    lines = lambda t: t.update({"a\nb\x1b": t["output_norm.weight"]})  # noqa: E731
+    match = r"have a tensor like 'a\\nb\\x1b' \(1 in all\)"
+    refused(tmp_path, Tiny(), UnsupportedModelError, match, lines)
 
 
 def test_numbers_that_cannot_be(tmp_path):
