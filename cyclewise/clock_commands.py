@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cyclewise.options import AsJson, Context, ModelName, Threads, load, print_json
+from cyclewise.options import AsJson, Context, ModelName, Quantize, Threads, load, print_json
 
 if TYPE_CHECKING:
     from cyclewise.clock.run import Settings
@@ -59,6 +59,7 @@ def profile(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    quantize: Quantize = None,
 ) -> None:
     """Count the cycles of each moment of inference, and say how far it is from its limit.
 
@@ -79,7 +80,7 @@ def profile(
             _require_writable(file)
     settings = Settings(prompt_tokens, generate_tokens, batch, repeats)
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context or _needed_context(settings), threads)
+    loaded = load(model, context or _needed_context(settings), threads, quantize=quantize)
     try:
         result, turns = profile_model(loaded, model, settings, machine, show_progress)
     finally:
@@ -138,6 +139,7 @@ def complexity(
     as_json: AsJson = False,
     context: Context = None,
     threads: Threads = None,
+    quantize: Quantize = None,
 ) -> None:
     """Measure how cycles grow, and fit a law to each moment.
 
@@ -152,7 +154,7 @@ def complexity(
     from cyclewise.clock.complexity import measure_growth
     from cyclewise.clock.growth import print_complexity
 
-    loaded = load(model, context, threads)
+    loaded = load(model, context, threads, quantize=quantize)
     try:
         growth = measure_growth(loaded, rounds=rounds, progress=show_progress)
     finally:
@@ -202,6 +204,7 @@ def whatif(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    quantize: Quantize = None,
 ) -> None:
     """Predict what a change would bring, before anything is changed.
 
@@ -221,7 +224,7 @@ def whatif(
     settings = Settings(prompt_tokens, generate_tokens, batch, 3)
     machine = _machine_profile(recalibrate)
     largest = replace(settings, batch=max(batch, *(each.batch for each in changes)))
-    loaded = load(model, context or _needed_context(largest), threads)
+    loaded = load(model, context or _needed_context(largest), threads, quantize=quantize)
     try:
         asked = WhatIfs(loaded, settings, machine, show_progress)
         tokenizer = Tokenizer.from_metadata(loaded.metadata)
@@ -252,6 +255,7 @@ def validate(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    quantize: Quantize = None,
 ) -> None:
     """Compare what is predicted with what is measured.
 
@@ -266,7 +270,7 @@ def validate(
     from cyclewise.text.tokenizer import Tokenizer
 
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context, threads)
+    loaded = load(model, context, threads, quantize=quantize)
     try:
         tokenizer = Tokenizer.from_metadata(loaded.metadata)
         validation = validate_model(loaded, tokenizer, machine, show_progress)

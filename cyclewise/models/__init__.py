@@ -47,23 +47,29 @@ class Model:
 
 
 def load_model(
-    path: Path | str, *, context: int | None = None, threads: int | None = None,
+    path: Path | str,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
     adapters: Mapping[str, Path | str] | None = None,
-) -> Model:  # fmt: skip
-    """Reads a GGUF file, packs its weights and starts the machine.
+    quantize: str | None = None,
+) -> Model:
+    """Reads a model's files, packs its weights and starts the machine.
 
     Args:
-        path: a GGUF file.
+        path: a GGUF file, or a Hugging Face directory.
         context: tokens that a sequence may hold; the model's own, at most 4,096, if None.
         threads: threads to run; None: as the machine profile says, or one for each CPU that the
             process may use. Never more than those.
         adapters: LoRA adapters by name: PEFT's directories or GGUF files.
+        quantize: "q8_0", "q4_0" or "q4_k": what a directory's float matrices become.
 
     Raises:
         ModelFileError: a file is damaged or lacks something.
         UnsupportedModelError: its architecture or a format is not known here, or an adapter is of
             another model or another kind.
         ModelNotFoundError: there is no such adapter.
+        InvalidParameterError: `quantize` is none of these, or the weights are not float.
     """
     from cyclewise.machine.builder import load_kernels
     from cyclewise.machine.host import available_cpus
@@ -78,7 +84,7 @@ def load_model(
         "gemma3": gemma3.build, "qwen3moe": qwen3moe.build, "phi3": phi3.build, "gpt2": gpt2.build,
     }  # fmt: skip
     num_threads = resolve_threads(threads)
-    with open_source(path) as source:
+    with open_source(path, quantize) as source:
         architecture = source.metadata.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in builders:
             raise UnsupportedModelError(

@@ -2,8 +2,9 @@
 
 In: a directory. Out: metadata and tensors under GGUF's names (`source.py`), which the readers of
 GGUF files understand. Weights stay as they are stored, F32, F16 or BF16, or integers in the layouts
-that `published.py` reads; only Gemma's norms gain the 1 that GGUF has added, and GPT-2's matrices
-are turned round. Nothing here reads pickle: such a file is a program, and loading it runs it.
+that `published.py` reads, unless float matrices are to be quantized (`quantize.py`); only Gemma's
+norms gain the 1 that GGUF has added, and GPT-2's matrices are turned round. Nothing here reads
+pickle: such a file is a program, and loading it runs it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,13 +21,27 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from cyclewise.errors import ModelFileError, ModelNotFoundError, UnsupportedModelError
+from cyclewise.errors import (
+    InvalidParameterError,
+    ModelFileError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from cyclewise.weights.formats import FORMATS, Format
 from cyclewise.weights.hf_config import HFConfig, read_hf_config
 from cyclewise.weights.hf_files import read_object, text_metadata
 from cyclewise.weights.hf_names import NameMap
 from cyclewise.weights.mapped import shown
 from cyclewise.weights.published import IGNORED, Files, Layout, read_layout
+from cyclewise.weights.quantize import (
+    QUANTIZED,
+    QuantizingBar,
+    as_floats,
+    check_choice,
+    choose_format,
+    described,
+    quantize_rows,
+)
 from cyclewise.weights.rows import make_rows
 from cyclewise.weights.safetensors import ITEM_BYTES, SafetensorsFile, StoredTensor
 from cyclewise.weights.source import PICKLES
@@ -56,13 +72,18 @@ class ModelDirectory:
     or missing, UnsupportedModelError for another kind of model, of numbers, or of files.
     """
 
-    variant = ""
-
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, quantize: str | None = None) -> None:
+        check_choice(quantize)
         self.path = Path(path)
+        self.variant = "" if quantize is None else f"quantize={quantize}"
         with ExitStack() as files:
             config = _config(self.path)
             layout = _layout(self.path, config)
+            if layout is not None and quantize is not None:
+                raise InvalidParameterError(
+                    f"{self.path}: its weights are quantized already ({layout.method}), so they "
+                    "cannot be quantized again; leave quantize out, or name the float model"
+                )
             shards = _shards(self.path)
             opened = [files.enter_context(SafetensorsFile(shard)) for shard in shards]
             stored = _stored(opened, self.path)
@@ -75,6 +96,10 @@ class ModelDirectory:
             self.tensors: Mapping[str, DirectoryTensor] = _tensors(
                 stored, config, layout, self.path
             )
+            if quantize is not None:
+                self.tensors, note, bar = _quantize_floats(self.tensors, quantize)
+                self.metadata[QUANTIZED] = note
+                files.enter_context(bar)
             self._open = files.pop_all()
 
     def data(self, name: str) -> Bytes:
@@ -293,6 +318,42 @@ def _made(
         return np.ascontiguousarray(make()).reshape(-1).view(np.uint8)
 
     return DirectoryTensor(name, FORMATS[dtype], shape, nbytes, data, stored)
+
+
+def _quantize_floats(
+    tensors: Mapping[str, DirectoryTensor], choice: str
+) -> tuple[dict[str, DirectoryTensor], str, QuantizingBar]:
+    """The tensors with matrices quantized, what became of them in words, and the bar to show."""
+    made = {name: choose_format(name, each.shape, choice) for name, each in tensors.items()}
+    total = sum(prod(tensors[name].shape) for name, format_ in made.items() if format_)
+    bar = QuantizingBar(choice, total)
+    found = {
+        name: tensor if (to := made[name]) is None else _quantized_floats(tensor, to, bar)
+        for name, tensor in tensors.items()
+    }
+    return found, described(choice, {name: each.shape for name, each in tensors.items()}), bar
+
+
+def _quantized_floats(tensor: DirectoryTensor, to: Format, bar: QuantizingBar) -> DirectoryTensor:
+    rows, columns = tensor.shape
+    row_bytes = columns // to.block_size * to.block_bytes
+
+    def make() -> Bytes:
+        bar.show()
+        data = tensor.make().reshape(rows, -1)
+
+        def quantized(first: int, last: int) -> Bytes:
+            values = as_floats(data[first:last], tensor.format.name)
+            if not np.isfinite(values).all():
+                file, name = tensor.stored[0]
+                raise ModelFileError(
+                    f"{file.path}: tensor {shown(name)} holds a weight that is no number"
+                )
+            return quantize_rows(values, to.name)
+
+        return make_rows(rows, columns, row_bytes, quantized, bar.advance)
+
+    return replace(tensor, format=to, nbytes=rows * row_bytes, make=make)
 
 
 def _constant(name: str, values: npt.NDArray[np.float32]) -> DirectoryTensor:

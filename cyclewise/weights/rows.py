@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK_WEIGHTS = 1 << 20
+_CHUNK_WEIGHTS = 1 << 18
 """Weights that a thread works on at once: its arrays stay in the cache, and memory is bounded."""
 
 
@@ -20,9 +20,12 @@ def make_rows(
     num_columns: int,
     row_bytes: int,
     make: Callable[[int, int], npt.NDArray[np.uint8]],
+    done: Callable[[int], None] = lambda weights: None,
 ) -> npt.NDArray[np.uint8]:
-    """The bytes of all rows, one-dimensional. `make(first, last)` gives those of rows first to
-    last, uint8 (rows, row_bytes); `first` is a multiple of 8. It runs on several threads.
+    """The bytes of all rows, one-dimensional.
+
+    `make(first, last)` gives those of rows first to last, uint8 (rows, row_bytes); `first` is a
+    multiple of 8. It runs on several threads, and `done` is told of the weights of each call.
     """
     from cyclewise.machine.host import available_cpus
 
@@ -32,6 +35,7 @@ def make_rows(
     def run(first: int) -> None:
         last = min(first + step, num_rows)
         out[first:last] = make(first, last)
+        done((last - first) * num_columns)
 
     with ThreadPoolExecutor(available_cpus()) as pool:
         list(pool.map(run, range(0, num_rows, step)))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from cyclewise.errors import InvalidParameterError
 from cyclewise.weights.formats import Format
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -82,11 +83,13 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def open_source(path: Path | str) -> Source:
+def open_source(path: Path | str, quantize: str | None = None) -> Source:
     """Opens a GGUF file (any of a model in several), or a directory of safetensors as Hugging Face
-    lays them out (named itself, or by a file of weights in it).
+    lays them out (named itself, or by a file of weights in it), whose float matrices are quantized
+    as `quantize` says (`quantize.py`).
 
-    Raises ModelNotFoundError, ModelFileError or UnsupportedModelError.
+    Raises ModelNotFoundError, ModelFileError, UnsupportedModelError, or InvalidParameterError for
+    what is not to be quantized.
     """
     path = Path(path)
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
@@ -96,7 +99,12 @@ def open_source(path: Path | str) -> Source:
 
         if path.suffix in PICKLES and not path.is_dir():
             raise refuse_pickle(path)
-        return ModelDirectory(path)
+        return ModelDirectory(path, quantize)
+    if quantize is not None:
+        raise InvalidParameterError(
+            f"{path}: quantize={quantize} is for a Hugging Face directory of float weights; a GGUF "
+            "file is run as it is"
+        )
     from cyclewise.weights.gguf_parts import open_gguf
 
     return open_gguf(path)
