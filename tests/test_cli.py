@@ -35,8 +35,8 @@ def toy(monkeypatch):
     def make(text=None, prompt_tokens=0, template=False, **options):
         logits = hashed_logits if text is None else scripted(text, prompt_tokens)
         model = ToyModel(logits=logits, **options)
-        monkeypatch.setattr(cyclewise.llm, "_load", lambda *_: (model, ToyTokenizer()))
-        monkeypatch.setattr(cyclewise.cli, "load", lambda *_: model)
+        monkeypatch.setattr(cyclewise.llm, "_load", lambda *_, **__: (model, ToyTokenizer()))
+        monkeypatch.setattr(cyclewise.cli, "load", lambda *_, **__: model)
         if template:
             model.metadata["tokenizer.chat_template"] = "toy"
             monkeypatch.setattr(LLM, "_chat_template", lambda _: ToyTemplate())

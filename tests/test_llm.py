@@ -25,7 +25,7 @@ def make(monkeypatch):
     def make_llm(template=False, tokenizer=None, adapters=None, **toy):
         model = ToyModel(**toy)
         tokens = tokenizer or ToyTokenizer()
-        monkeypatch.setattr(cyclewise.llm, "_load", lambda *_: (model, tokens))
+        monkeypatch.setattr(cyclewise.llm, "_load", lambda *_, **__: (model, tokens))
         llm = LLM("toy", adapters=adapters)
         if template:
             model.metadata["tokenizer.chat_template"] = "toy"
