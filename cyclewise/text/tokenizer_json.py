@@ -3,8 +3,8 @@
 In: the file's text and tokenizer_config.json, both hostile. Out: a `Tokenizer` like that of a GGUF
 file. Ids are those of transformers' fast tokenizers, with the exception of this house: plain text
 never becomes a control token. For that, control tokens get names here that no text has before the
-library sees the file; what the caller may write as a control token is renamed on the way in, and
-the library's answer is translated back.
+library sees the file; those that a chat's template writes are renamed on the way in, and ids are
+translated back.
 """
 
 from __future__ import annotations
@@ -46,23 +46,27 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
-        parsed, texts = _parse(metadata[TOKENIZER_JSON])
+        self._text = metadata[TOKENIZER_JSON]
+        parsed, texts = _parse(self._text)
         settings = metadata.get(TOKENIZER_CONFIG, {})
         _check_growth(parsed)
-        added = _added_tokens(parsed, settings)
+        self._added = added = _added_tokens(parsed, settings)
         least_size = metadata.get(VOCAB_SIZE)
         least_size = least_size if type(least_size) is int and least_size <= _MAX_ID else 0
         stops = metadata.get(STOP_IDS, [])
         vocabulary = _vocabulary(parsed, settings, added, stops, least_size)
         hidden = vocabulary.ids_of(TokenType.CONTROL, TokenType.UNKNOWN)
         self._secrets = {vocabulary.tokens[i]: f"{_SECRET}{i}{_SECRET}" for i in hidden}
-        self._library = _library(texts, added, self._secrets)
-        names = {self._secrets.get(token, token): i for i, token in _contents(added)}
-        self._true_ids = {self._library.token_to_id(name): i for name, i in names.items()}
+        self._library = _Library(texts, added, self._secrets)
+        for entry in added:
+            if entry.get("normalized") and not entry["special"]:
+                vocabulary.tokens[entry["id"]] = self._library.normalized(entry["content"])
         spell = _speller(vocabulary)
-        outside = {*self._true_ids, vocabulary.unknown_id}
+        outside = {*self._library.file_ids, vocabulary.unknown_id}
         self._spelled = {i: spell(vocabulary.tokens[i]) for i in hidden if i not in outside}
-        self._before, self._after = _surroundings(parsed, settings, vocabulary)
+        self._before, self._after = _surroundings(
+            parsed, settings, vocabulary.bos_id, vocabulary.eos_id
+        )
         super().__init__(vocabulary, self._encode_text)
 
     def encode(
@@ -71,15 +75,16 @@ class JsonTokenizer(Tokenizer):
         """Ids of `text`, as `Tokenizer.encode` says."""
         text = _clean(text)
         if parse_special:
-            text = self._hidden.sub(lambda match: self._secrets[match.group()], text)
-        ids = self._encode_text(text)
+            library = self._open_library
+            ids = [library.file_ids.get(found, found) for found in library.encode(text)]
+        else:
+            ids = self._encode_text(text)
         return [*self._before, *ids, *self._after] if add_special else ids
 
     @cached_property
-    def _hidden(self) -> re.Pattern[str]:
-        """Finds control tokens, the longest at each place."""
-        longest_first = sorted(self._secrets, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    def _open_library(self) -> _Library:
+        """One that knows control tokens by the names that they have in the file."""
+        return _Library(_parse(self._text)[1], self._added, {name: name for name in self._secrets})
 
     def encode_chat(self, rendered: Rendered) -> list[int]:
         """Ids of a rendered chat, as `Tokenizer.encode_chat` says: its text as a whole, as
@@ -97,11 +102,9 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = []
-        with _guarded("it fails on this text"):
-            encoding = self._library.encode(text, add_special_tokens=False)
-        for found in encoding.ids:
-            if found in self._true_ids:
-                ids.append(self._true_ids[found])
+        for found in self._library.encode(text):
+            if found in self._library.file_ids:
+                ids.append(self._library.file_ids[found])
             elif found in self._spelled:  # merges, or a whole word, that make a control token
                 ids += self._spelled[found]
             else:
@@ -188,10 +191,6 @@ def _added_tokens(parsed: Mapping[str, Any], settings: Mapping[str, Any]) -> lis
     return [tokens[i] for i in sorted(tokens) if tokens[i]["content"]]
 
 
-def _contents(added: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    return ((entry["id"], entry["content"]) for entry in added)
-
-
 def _content(token: Any) -> str:
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
@@ -205,7 +204,8 @@ def _vocabulary(
     least_size: int,
 ) -> Vocabulary:
     ids = _model_ids(parsed["model"])
-    ids |= {content: i for i, content in _contents(added)}
+    beside = {entry["content"]: entry["id"] for entry in added}
+    ids |= beside
     size = max(max(ids.values(), default=-1) + 1, least_size)
     if len(set(ids.values())) != len(ids):
         raise _damaged("two tokens have one id")
@@ -224,14 +224,15 @@ def _vocabulary(
     unknown = ids.get(_content(parsed["model"].get("unk_token") or settings.get("unk_token")))
     unk_id = parsed["model"].get("unk_id")
     unknown = unk_id if type(unk_id) is int and 0 <= unk_id < size else unknown
-    beside = {content: i for i, content in _contents(added)}
     ends = {*stop_ids({}, beside), *(i for i in stops if 0 <= i < size)}
     ends |= {eos} if eos is not None else set()
     fills = [beside[content] for content in fill_texts() if content in beside]
     types[[*ends, *fills, *(i for i in (bos, unknown) if i is not None)]] = TokenType.CONTROL
     for entry in added:
         entry["special"] = bool(types[entry["id"]] == TokenType.CONTROL)
-    before, after = _flags(parsed, settings, bos, eos)
+    before, after = _surroundings(parsed, settings, bos, eos)
+    if not all(0 <= i < size for i in (*before, *after)):
+        raise _damaged("its post-processor writes a token that is not there")
     return Vocabulary(
         kind=kind,
         pre=_WHERE,
@@ -245,8 +246,8 @@ def _vocabulary(
         eos_id=eos,
         unknown_id=unknown,
         stop_ids=frozenset(ends),
-        add_bos=before,
-        add_eos=after,
+        add_bos=bos is not None and before[:1] == [bos],
+        add_eos=eos is not None and after[-1:] == [eos],
         add_space_prefix=drops_space,
         merge_spaces=False,
         strips_after_special=False,
@@ -358,55 +359,69 @@ def _member(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _flags(
-    parsed: Mapping[str, Any], settings: Mapping[str, Any], bos: int | None, eos: int | None
-) -> tuple[bool, bool]:
-    """Whether a text gets a BOS token before it and an EOS token after it."""
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        begins, ends = (settings.get(f"add_{name}_token") is True for name in ("bos", "eos"))
-    else:
-        before, after = _template_ids(parsed)
-        begins, ends = before[:1] == [bos], after[-1:] == [eos]
-    return begins and bos is not None, ends and eos is not None
-
-
 def _surroundings(
-    parsed: Mapping[str, Any], settings: Mapping[str, Any], vocabulary: Vocabulary
+    parsed: Mapping[str, Any], settings: Mapping[str, Any], bos: int | None, eos: int | None
 ) -> tuple[list[int], list[int]]:
-    """Ids before and after a text. As in transformers, flags in tokenizer_config.json stand above
-    the post-processor of tokenizer.json.
+    """Ids before and after a text: the post-processor's, as in transformers 5. Where the file has
+    none, the flags in tokenizer_config.json say whether they are a BOS and an EOS token.
     """
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        before, after = _template_ids(parsed)
-        if not all(0 <= i < len(vocabulary.tokens) for i in (*before, *after)):
-            raise _damaged("its post-processor writes a token that is not there")
-        return before, after
-    bos, eos = vocabulary.bos_id, vocabulary.eos_id
-    return (
-        [bos] if vocabulary.add_bos and bos is not None else [],
-        [eos] if vocabulary.add_eos and eos is not None else [],
+    if parsed.get("post_processor") is not None:
+        return _template_ids(parsed)
+    before, after = (
+        [i] if i is not None and settings.get(f"add_{name}_token") is True else []
+        for name, i in (("bos", bos), ("eos", eos))
     )
+    return before, after
 
 
-def _library(texts: dict[str, str], added: list[dict[str, Any]], secrets: Mapping[str, str]) -> Any:
-    """The library's tokenizer, to which control tokens are known by their secret names only."""
-    from tokenizers import Tokenizer as Library
+class _Library:
+    """The library's tokenizer, which knows control tokens by other names only.
 
-    renamed = [
-        entry if entry["content"] not in secrets
-        else {**entry, "content": secrets[entry["content"]], "normalized": False}
-        for entry in added
-    ]  # fmt: skip
-    known = {entry["content"] for entry in added}
-    renamed += [
-        {**_FLAGS, "id": 0, "content": secret, "special": True}
-        for token, secret in secrets.items() if token not in known
-    ]  # fmt: skip
-    none = dict.fromkeys(("post_processor", "truncation", "padding"), "null")
-    members = {**texts, "added_tokens": json.dumps(renamed), **none}
-    text = ",".join(f"{json.dumps(key)}:{member}" for key, member in members.items())
-    with _guarded("it cannot be used"):
-        return Library.from_str(f"{{{text}}}")
+    texts    the members of the file
+    added    tokens beside the model's; the library gives new ids to those that its model lacks
+    secrets  the name of each control token
+    """
+
+    def __init__(
+        self, texts: dict[str, str], added: list[dict[str, Any]], secrets: Mapping[str, str]
+    ) -> None:
+        from tokenizers import Tokenizer as Library
+
+        renamed = [_renamed(entry, secrets.get(entry["content"])) for entry in added]
+        known = {entry["content"] for entry in added}
+        renamed += [
+            {**_FLAGS, "id": 0, "content": secret, "special": True}
+            for token, secret in secrets.items() if token not in known
+        ]  # fmt: skip
+        none = dict.fromkeys(("post_processor", "truncation", "padding"), "null")
+        members = {**texts, "added_tokens": json.dumps(renamed), **none}
+        text = ",".join(f"{json.dumps(key)}:{member}" for key, member in members.items())
+        with _guarded("it cannot be used"):
+            self._library = Library.from_str(f"{{{text}}}")
+        names = {secrets.get(entry["content"], entry["content"]): entry["id"] for entry in added}
+        self.file_ids = {self._library.token_to_id(name): i for name, i in names.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """The library's ids; `file_ids` translates those of added tokens."""
+        with _guarded("it fails on this text"):
+            found: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return found
+
+    def normalized(self, text: str) -> str:
+        """How an added token is looked for, and printed."""
+        normalizer = self._library.normalizer
+        if normalizer is None:
+            return text
+        with _guarded("its normalizer fails on an added token"):
+            found: str = normalizer.normalize_str(text)
+        return found.replace(SPACE, " ")
+
+
+def _renamed(entry: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """An added token under another name, found wherever that is, if it is another."""
+    if name is None or name == entry["content"]:
+        return entry
+    return {**entry, "content": name, "normalized": False, "single_word": False}
 
 
 def _speller(vocabulary: Vocabulary) -> Callable[[str], list[int]]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import random
+import struct
 
 import pytest
 import tokenizers
@@ -151,16 +153,69 @@ def test_template_and_tokenizer_agree_on_what_is_special():
 @pytest.mark.parametrize(
     ("settings", "begins", "ends"),
     [
-        ({}, True, False),
+        ({}, False, False),
         ({"add_bos_token": False}, False, False),
         ({"add_bos_token": True, "add_eos_token": True}, True, True),
         ({"add_eos_token": True}, False, True),
     ],
 )
-def test_flags_stand_above_the_post_processor(settings, begins, ends):
-    tokenizer = make(sentencepiece(), {"bos_token": "<s>", "eos_token": "</s>", **settings})
+def test_flags_stand_in_for_a_post_processor(settings, begins, ends):
+    library = sentencepiece()
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    assert make(library, settings).encode("hello") == library.encode("hello").ids
+    metadata = json.loads(library.to_str())
+    metadata["post_processor"] = None
+    tokenizer = make(json.dumps(metadata), settings)
     ids = tokenizer.encode("hello")
     assert (ids[0] == 1, ids[-1] == 2, tokenizer.add_bos) == (begins, ends, begins)
+
+
+def flagged(make_library):
+    """With added tokens of every kind; and texts that try them."""
+    library = make_library()
+    for special in (True, False):
+        add = library.add_special_tokens if special else library.add_tokens
+        for flag in ("lstrip", "rstrip", "single_word", "normalized"):
+            token = tokenizers.AddedToken(
+                f"{'S' if special else 'u'}_{flag} {flag}", special=special,
+                **{"normalized": False} | {flag: True},
+            )  # fmt: skip
+            add([token])
+    words = [t.content for t in library.get_added_tokens_decoder().values()] + [
+        "hello", " ", "  ", "\n", "w", " w", "x_", "_",
+    ]  # fmt: skip
+    generator = random.Random(0)
+    texts = ["".join(generator.choices(words, k=6)) for _ in range(300)]
+    return library, texts
+
+
+@pytest.mark.parametrize("make_library", [byte_level, sentencepiece, unigram])
+def test_flags_of_added_tokens(make_library):
+    library, texts = flagged(make_library)
+    tokenizer = make(library)
+    special = {i for i, t in library.get_added_tokens_decoder().items() if t.special}
+    special -= {library.token_to_id("<unk>")}
+    harmless = 0
+    for text in texts:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text, add_special=False, parse_special=True) == ids
+        if "<unk>" not in text and not special & set(ids):
+            harmless += 1
+            assert tokenizer.encode(text, add_special=False) == ids
+    assert harmless > 20
+
+
+def test_an_added_token_prints_the_space_that_it_was_found_with():
+    library = sentencepiece()
+    library.add_tokens([tokenizers.AddedToken("<tool>", normalized=True)])
+    tokenizer = make(library)
+    for text in ("hello <tool> hello", "hello<tool>", "<tool>"):
+        ids = tokenizer.encode(text, add_special=False)
+        assert ids == library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.stream()
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+    assert library.token_to_id("<tool>") in tokenizer.encode("hello <tool>")
 
 
 def test_stop_tokens():
@@ -267,6 +322,18 @@ def test_a_library_that_panics_fails_in_a_sentence():
     tokenizer = make(json.dumps(whole | {"pre_tokenizer": split}))
     with pytest.raises(ModelFileError, match="fails on this text"):
         tokenizer.encode("l" * 40 + "o")
+
+
+def test_a_damaged_normalizer_is_an_error_of_ours():
+    """The library panics on it."""
+    metadata = json.loads(unigram().to_str())
+    table = [0x100 << 10 | 0x100 | ord("h") if i % 256 == ord("h") else 0 for i in range(512)]
+    table[0] = 0
+    data = struct.pack("<I512I", 2048, *table) + b"x\0"
+    charsmap = base64.b64encode(data).decode()
+    metadata["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    with pytest.raises(ModelFileError, match="damaged"):
+        make(json.dumps(metadata)).encode("hello")
 
 
 def test_kinds_that_no_decoder_has():
