@@ -35,7 +35,9 @@ ARCHITECTURES = {
 
 # What configurations of a type leave out, as transformers fills it in.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "mixtral": {"rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "mixtral": {
+        "rope_theta": 1e6, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
+    },
     "gemma2": {
         "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "rms_norm_eps": 1e-6,
@@ -48,7 +50,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"layer_norm_epsilon": 1e-5},
     "llama": {"rms_norm_eps": 1e-6},
     "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8},
+    "phi3": {"rms_norm_eps": 1e-5},
     "qwen2": {"rms_norm_eps": 1e-6},
+    "qwen3": {"rms_norm_eps": 1e-6, "head_dim": 128},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "num_experts_per_tok": 8},
 }  # fmt: skip
 
 _LARGEST = 1 << 31
@@ -224,6 +229,10 @@ def _experts(fields: _Fields, model_type: str) -> dict[str, Any]:
         "expert_used_count": fields.integer("num_experts_per_tok"),
     }
     if model_type == "qwen3_moe":
+        if fields.get("mlp_only_layers") or fields.get("decoder_sparse_step") not in (None, 1):
+            raise fields.unsupported(
+                "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported"
+            )
         chosen["expert_feed_forward_length"] = fields.integer("moe_intermediate_size")
         chosen["expert_weights_norm"] = bool(fields.get("norm_topk_prob"))
     return chosen
@@ -231,7 +240,7 @@ def _experts(fields: _Fields, model_type: str) -> dict[str, Any]:
 
 def _windows(fields: _Fields, model_type: str, num_layers: int) -> dict[str, Any]:
     """The size of a sliding window, and which layers have one."""
-    if not fields.get("sliding_window"):
+    if not fields.get("sliding_window") or model_type == "llama":
         return {}
     window = fields.integer("sliding_window")
     types = fields.get("layer_types")

@@ -96,6 +96,13 @@ def test_experts():
         read("qwen3_moe")
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "phi3", "qwen3"])
+def test_what_a_configuration_may_leave_out(model_type):
+    found = read(model_type, rms_norm_eps=...)
+    epsilon = found.metadata[f"{found.architecture}.attention.layer_norm_rms_epsilon"]
+    assert epsilon == (1e-6 if model_type == "qwen3" else 1e-5)
+
+
 def rope(model_type="llama", *, head_dim=8, **settings):
     found = read(model_type, head_dim=head_dim, rope_scaling=settings)
     prefix = f"{found.architecture}.rope.scaling."
@@ -173,6 +180,10 @@ def test_damaged(model_type, changes, reason):
         ("llama", {"hidden_act": "gelu"}, "the activation 'gelu' is not supported here, only silu"),
         ("llama", {"rope_scaling": {"type": "mrope"}}, "RoPE of type 'mrope'"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "both directions"),
+        ("qwen3_moe", {"num_experts": 4, "mlp_only_layers": [1]}, "layers without experts"),
+        ("qwen3_moe", {"num_experts": 4, "decoder_sparse_step": 2}, "layers without experts"),
+        ("gemma3n", {}, "models of type 'gemma3n' are not supported"),
+        ("smollm3", {}, "models of type 'smollm3' are not supported"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],
 )
