@@ -144,12 +144,12 @@ def run(
     as_json: AsJson = False,
     system: System = None,
     max_tokens: MaxTokens = _DEFAULTS.max_tokens or 0,
-    temperature: Temperature = _DEFAULTS.temperature,
-    top_k: TopK = _DEFAULTS.top_k,
-    top_p: TopP = _DEFAULTS.top_p,
-    min_p: MinP = _DEFAULTS.min_p,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     typical_p: TypicalP = _DEFAULTS.typical_p,
-    repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: PresencePenalty = _DEFAULTS.presence_penalty,
     frequency_penalty: FrequencyPenalty = _DEFAULTS.frequency_penalty,
     logit_bias: Annotated[
@@ -227,12 +227,14 @@ def run(
       cyclewise run smollm2 --json-schema city.json "Facts about Paris, as JSON."
     """
     params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        **_named(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
         typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=_read_biases(logit_bias or []),
@@ -295,6 +297,11 @@ def _read_file(path: Path, what: str) -> str:
         raise InvalidParameterError(f"cannot read the {what} {str(path)!r}: {error}") from None
 
 
+def _named(**options: float | None) -> dict[str, Any]:
+    """The options that were given: of the others the model may have defaults of its own."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _read_biases(pairs: list[str]) -> dict[int, float]:
     biases: dict[int, float] = {}
     for pair in pairs:
@@ -334,12 +341,12 @@ def chat(
     model: DefaultModelName = "smollm2",
     system: System = None,
     max_tokens: MaxTokens = _DEFAULTS.max_tokens or 0,
-    temperature: Temperature = _DEFAULTS.temperature,
-    top_k: TopK = _DEFAULTS.top_k,
-    top_p: TopP = _DEFAULTS.top_p,
-    min_p: MinP = _DEFAULTS.min_p,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
     typical_p: TypicalP = _DEFAULTS.typical_p,
-    repetition_penalty: RepetitionPenalty = _DEFAULTS.repetition_penalty,
+    repetition_penalty: RepetitionPenalty = None,
     presence_penalty: PresencePenalty = _DEFAULTS.presence_penalty,
     frequency_penalty: FrequencyPenalty = _DEFAULTS.frequency_penalty,
     seed: Seed = None,
@@ -359,12 +366,14 @@ def chat(
       cyclewise chat qwen2.5-0.5b --system "Answer in rhymes." --temperature 1
     """
     params = SamplingParams(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
+        **_named(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        ),
         typical_p=typical_p,
-        repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         seed=seed,

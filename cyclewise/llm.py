@@ -227,6 +227,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         stream: Literal[False] = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Result: ...
 
     @overload
@@ -236,6 +237,7 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         stream: Literal[True],
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Stream: ...
 
     def chat(
@@ -243,20 +245,24 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Result | Stream:
         """Answer a chat, written down with the model's own template.
 
         messages  [{"role": "user", "content": "Hello"}, ...], the whole chat so far; of what was
                   answered before, only the new part is evaluated
         stream    yield the answer piece by piece
+        tools     what the model may call, as its template expects it: most take OpenAI's
+                  [{"type": "function", "function": {"name": ..., ...}}, ...]
 
         Raises TemplateError if the model has no chat template or it fails on these messages,
         ContextLengthError if the chat is longer than the context.
         """
         self._require_open()
         _check_messages(messages)
+        given = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
         rendered = self._chat_template().render(
-            [dict(message) for message in messages], add_generation_prompt=True
+            [dict(message) for message in messages], add_generation_prompt=True, **given
         )
         pieces = self._begin(self.tokenizer.encode_chat(rendered), params)
         return pieces if stream else _last(pieces)
@@ -301,7 +307,7 @@ class LLM:
         return self._template
 
     def _begin(self, prompt_ids: list[int], params: SamplingParams | None) -> Stream:
-        params = SamplingParams() if params is None else params
+        params = (SamplingParams() if params is None else params).of_model(self.model.metadata)
         params.check_token_ids(self.engine.vocab_size)
         self._adapter(params)
         if len(prompt_ids) > self.context:

@@ -74,19 +74,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="What the model is told beforehand.")
 ]
+_OWN = "Default: the model's own, or"
 Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token always.")
+    float | None,
+    typer.Option("--temperature", metavar="T", help=f"0: the likeliest token. {_OWN} 0.8."),
 ]
-TopK = Annotated[int, typer.Option("--top-k", metavar="K", help="Only the K likeliest; 0: all.")]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", metavar="K", help=f"Only the K likeliest; 0: all. {_OWN} 40."),
+]
 TopP = Annotated[
-    float, typer.Option("--top-p", metavar="P", help="Only the likeliest with this share; 1: all.")
+    float | None,
+    typer.Option("--top-p", metavar="P", help=f"The likeliest of this share; 1: all. {_OWN} 0.95."),
 ]
 MinP = Annotated[
-    float,
-    typer.Option("--min-p", metavar="P", help="At least this share of the best; 0: all."),
+    float | None,
+    typer.Option("--min-p", metavar="P", help=f"This share of the best; 0: all. {_OWN} 0.05."),
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", metavar="X", help="On the last 64 tokens; 1: none.")
+    float | None,
+    typer.Option(
+        "--repetition-penalty", metavar="X", help=f"On the last 64 tokens; 1: none. {_OWN} 1."
+    ),
 ]
 TypicalP = Annotated[
     float,

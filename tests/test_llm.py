@@ -468,3 +468,12 @@ def test_an_unknown_adapter(make):
 def test_adapters_that_are_none(make, adapters):
     with pytest.raises(InvalidParameterError, match=r"adapters must be like \{name: path\}"):
         make(adapters=adapters)
+
+
+def test_a_models_own_defaults(make):
+    llm = make()
+    greedy = llm.generate("abc", SamplingParams(temperature=0, max_tokens=20)).text
+    llm.model.metadata["general.sampling.temp"] = 0.0
+    assert llm.generate("abc", SamplingParams(max_tokens=20)).text == greedy
+    warm = SamplingParams(temperature=0.8, max_tokens=20, seed=1)
+    assert llm.generate("abc", warm).text == make().generate("abc", warm).text != greedy

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cyclewise.errors import InvalidParameterError
+from cyclewise.errors import InvalidParameterError, ModelFileError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,21 +27,40 @@ MAX_LOGPROBS = 1000
 STRUCTURES = ("json_schema", "regex", "grammar")
 
 
+class _Ours(float):
+    """A default of this package, for which `of_model` puts the model's own."""
+
+
+class _OurInteger(int):
+    """The same, a whole number."""
+
+
+_MODEL_KEYS = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""What a model's file may have a default of, as `general.sampling.*`."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
-    The defaults are those of llama.cpp (`common/common.h`, `common_params_sampling`), so that the
-    same file gives the same kind of text here and there; `sampler.py` says in which order the
-    filters act. A value out of its range raises InvalidParameterError.
+    The first six default to what the model's file says, of those that it names (`of_model`), else
+    to llama.cpp's (`common/common.h`, `common_params_sampling`), so that the same file gives the
+    same kind of text here and there; `sampler.py` says in which order the filters act. A value out
+    of its range raises InvalidParameterError.
     """
 
-    temperature: float = 0.8  # 0: greedy, always the most likely token
-    top_k: int = 40  # only the k most likely tokens; 0: all
-    top_p: float = 0.95  # the smallest set with this share of the probability; 1: all
-    min_p: float = 0.05  # at least this share of the most likely token's probability; 0: all
+    temperature: float = _Ours(0.8)  # 0: greedy, always the most likely token
+    top_k: int = _OurInteger(40)  # only the k most likely tokens; 0: all
+    top_p: float = _Ours(0.95)  # the smallest set with this share of the probability; 1: all
+    min_p: float = _Ours(0.05)  # this share of the most likely token's probability; 0: all
     typical_p: float = 1.0  # tokens about as surprising as is usual, of this share; 1: all
-    repetition_penalty: float = 1.0  # over the last 64 tokens, prompt included; 1: none
+    repetition_penalty: float = _Ours(1.0)  # over the last 64 tokens, prompt included; 1: none
     presence_penalty: float = 0.0  # taken once off the logit of each token generated; 0: none
     frequency_penalty: float = 0.0  # taken off each time that the token was generated; 0: none
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id: added to its logit
@@ -164,6 +183,30 @@ class SamplingParams:
                         f"{name} names token {token_id}, and this model's token ids are from 0 to "
                         f"{vocab_size - 1}"
                     )
+
+    def of_model(self, metadata: Mapping[str, Any]) -> SamplingParams:
+        """The same, with the model's own values for those that were not named.
+
+        metadata  a model's: `general.sampling.*`, which in a Hugging Face directory is its
+                  generation_config.json
+
+        Raises ModelFileError for such a value that cannot be.
+        """
+        params = self
+        for name, key in _MODEL_KEYS.items():
+            value = metadata.get(f"general.sampling.{key}")
+            if value is None or not isinstance(getattr(self, name), _Ours | _OurInteger):
+                continue
+            try:
+                if name == "top_k" and int(value) == value:
+                    value = max(0, int(value))  # -1 is all, too
+                named: dict[str, Any] = {name: value}
+                params = replace(params, **named)
+            except (InvalidParameterError, TypeError, ValueError, OverflowError):
+                raise ModelFileError(
+                    f"the model's own {name} is {value!r}, which cannot be: give one of yours"
+                ) from None
+        return params
 
     def of_answer(self, index: int) -> SamplingParams:
         """What the answer `index` of `n` is alone: the same with a seed of its own, and n = 1."""

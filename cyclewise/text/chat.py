@@ -64,17 +64,30 @@ class ChatTemplate:
     """A jinja2 template of the kind that models carry; renders in any number of threads.
 
     `special_tokens` are the texts that may become control tokens (`Tokenizer.control_tokens`).
+    `with_tools` is the source of another template, for chats with tools.
     """
 
     def __init__(
-        self, source: str, *, bos_token: str, eos_token: str, special_tokens: Iterable[str]
+        self,
+        source: str,
+        *,
+        bos_token: str,
+        eos_token: str,
+        special_tokens: Iterable[str],
+        with_tools: str | None = None,
     ) -> None:
         if len(source) > _MAX_SOURCE:
             raise TemplateError(
                 f"the chat template is {len(source)} characters long; the limit is {_MAX_SOURCE}"
             )
         self._source = source
-        self._marks = _Marks([*special_tokens, bos_token, eos_token])
+        special_tokens = [*special_tokens, bos_token, eos_token]
+        self._marks = _Marks(special_tokens)
+        self._with_tools: ChatTemplate | None = None
+        if with_tools is not None:
+            self._with_tools = ChatTemplate(
+                with_tools, bos_token=bos_token, eos_token=eos_token, special_tokens=special_tokens
+            )
         self._variables = {
             "bos_token": self._marks.mark(bos_token),
             "eos_token": self._marks.mark(eos_token),
@@ -86,7 +99,8 @@ class ChatTemplate:
     def for_model(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
         """The template in a model file's metadata, or ChatML where the vocabulary speaks it.
 
-        Raises `TemplateError` for a model that has neither.
+        Chats with tools take the one of the name `tool_use`, where there is one. Raises
+        `TemplateError` for a model that has no template.
         """
         source = metadata.get("tokenizer.chat_template")
         if not isinstance(source, str):
@@ -96,11 +110,13 @@ class ChatTemplate:
                     "complete a prompt with it instead"
                 )
             source = CHATML
+        with_tools = metadata.get("tokenizer.chat_template.tool_use")
         return cls(
             source,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             special_tokens=tokenizer.control_tokens,
+            with_tools=with_tools if isinstance(with_tools, str) else None,
         )
 
     def render(
@@ -115,6 +131,10 @@ class ChatTemplate:
         Raises `TemplateError` where the template refuses the conversation, is damaged, reaches for
         what it may not have, or goes beyond its limits of time and size (`text/sandbox.py`).
         """
+        if self._with_tools and variables.get("tools") is not None:
+            return self._with_tools.render(
+                messages, add_generation_prompt=add_generation_prompt, **variables
+            )
         given = {
             "tools": None,
             "documents": None,

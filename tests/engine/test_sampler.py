@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import Sampler, _draw, _filter
-from cyclewise.errors import CyclewiseError, InvalidParameterError
+from cyclewise.errors import CyclewiseError, InvalidParameterError, ModelFileError
 
 
 def naive_penalize(logits, token_ids, penalty):
@@ -354,3 +355,20 @@ def test_the_seed_of_each_answer():
     assert [params.of_answer(i).seed for i in range(3)] == [2**64 - 1, 0, 1]
     assert params.of_answer(2) == SamplingParams(seed=1)
     assert SamplingParams(n=2).of_answer(1).seed is None
+
+
+def test_what_was_not_named_is_the_models_own():
+    own = {"temp": 0.6, "top_k": -1, "top_p": 0.9, "penalty_repeat": 1.05}
+    metadata = {f"general.sampling.{key}": value for key, value in own.items()}
+    params = SamplingParams(max_tokens=3).of_model(metadata)
+    assert (params.temperature, params.top_k, params.top_p, params.min_p) == (0.6, 0, 0.9, 0.05)
+    assert (params.repetition_penalty, params.max_tokens) == (1.05, 3)
+    named = SamplingParams(temperature=0.8, top_k=40, top_p=0.95).of_model(metadata)
+    assert (named.temperature, named.top_k, named.top_p) == (0.8, 40, 0.95)
+    assert replace(SamplingParams(), seed=1).of_model(metadata).temperature == 0.6
+    assert SamplingParams().of_model({}) == SamplingParams()
+    for wrong in (-1, math.nan, "hot", [1]):
+        metadata["general.sampling.temp"] = wrong
+        with pytest.raises(ModelFileError, match="the model's own temperature is"):
+            SamplingParams().of_model(metadata)
+        assert SamplingParams(temperature=1).of_model(metadata).temperature == 1

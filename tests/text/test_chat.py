@@ -263,3 +263,17 @@ def test_a_real_model(smollm2_path):
     before = tokenizer.encode(text, parse_special=True)
     assert ids[: len(before)] == before
     assert [index for index in ids if index <= 16] == [1, 2, 1, 2, 1]
+
+
+def test_chats_with_tools_have_a_template_of_their_own():
+    metadata = vocabularies.byte_level()
+    metadata["tokenizer.chat_template"] = "plain {{ tools is none }}"
+    tokenizer = Tokenizer.from_metadata(metadata)
+    messages = [{"role": "user", "content": "a"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert ChatTemplate.for_model(metadata, tokenizer).render(messages).text == "plain True"
+    metadata["tokenizer.chat_template.tool_use"] = "tools{{ tools[0].function.name }}<|im_end|>"
+    template = ChatTemplate.for_model(metadata, tokenizer)
+    assert template.render(messages).text == "plain True"
+    rendered = template.render(messages, tools=tools)
+    assert rendered.text == "toolsf<|im_end|>" and rendered.parts[-1].is_special
