@@ -156,7 +156,8 @@ def read_config(
         trained = int(trained * rope.factor)
     local_base = read.optional("rope.freq_base_swa") or LOCAL_ROPE_BASES.get(architecture)
     feed_forward = read.integer("feed_forward_length")
-    experts = read.integer("expert_count") if read.scalar("expert_count") else 0
+    has_experts = read.scalar("expert_count") or architecture == "qwen3moe"
+    experts = read.integer("expert_count") if has_experts else 0
     return Config(
         architecture=architecture,
         name=_name(metadata.get("general.name", architecture)),

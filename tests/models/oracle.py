@@ -170,6 +170,42 @@ CASES: dict[str, Case] = {
             "rope.scaling.factor": 8.0,
         },
     ),
+    "phi3": Case(
+        "phi3", "phi3", {"sliding_window": 24}, {"attention.sliding_window": 24}
+    ),
+    "phi3_longrope": Case(
+        "phi3", "phi3",
+        {
+            "rope_scaling": {**_LONG, "short_factor": _LONG["short_factor"][:6],
+                             "long_factor": _LONG["long_factor"][:6]},
+            "partial_rotary_factor": 0.75, "original_max_position_embeddings": 64,
+            "sliding_window": None, "tie_word_embeddings": True,
+        },
+        {**_LONG_KEYS, "rope.dimension_count": 12},
+        lengths=(80,), context=80,
+    ),
+    "gpt2": Case(
+        "gpt2", "gpt2",
+        {
+            "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "num_key_value_heads": 4,
+            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "intermediate_size": 256,
+        },
+    ),
+    "mixtral": Case(
+        "mixtral", "llama",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+        {"expert_count": 4, "expert_used_count": 2},
+    ),
+    "qwen3_moe": Case(
+        "qwen3_moe", "qwen3moe",
+        {
+            "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "norm_topk_prob": True, "head_dim": 32,
+        },
+        {
+            "expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 64,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -198,6 +234,8 @@ def stored_logits(name: str) -> list[Floats]:
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     """Of every parameter of the model."""
     config = case.full
+    if case.model_type == "gpt2":
+        return _gpt2_shapes(config)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -210,7 +248,11 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
             **_feed_forward(case, hidden, inner),
         }  # fmt: skip
-        if case.model_type in ("qwen3", "gemma3_text"):
+        if case.model_type == "phi3":
+            for part in ("q", "k", "v"):
+                del parts[f"self_attn.{part}_proj"]
+            parts["self_attn.qkv_proj"] = (queries + 2 * keys, hidden)
+        if case.model_type in ("qwen3", "qwen3_moe", "gemma3_text"):
             norms = ("self_attn.q_norm", "self_attn.k_norm")
             parts |= dict.fromkeys(norms, (config["head_dim"],))
         if case.model_type.startswith("gemma"):
@@ -227,9 +269,44 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _feed_forward(case: Case, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    config = case.full
+    if case.model_type == "phi3":
+        return {"mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
+    if case.model_type in ("mixtral", "qwen3_moe"):
+        mixtral = case.model_type == "mixtral"
+        block = "block_sparse_moe" if mixtral else "mlp"
+        gate, down, up = ("w1", "w2", "w3") if mixtral else ("gate_proj", "down_proj", "up_proj")
+        inner = inner if mixtral else config["moe_intermediate_size"]
+        experts = config["num_local_experts" if mixtral else "num_experts"]
+        found: dict[str, tuple[int, ...]] = {f"{block}.gate": (experts, hidden)}
+        for expert in range(experts):
+            name = f"{block}.experts.{expert}."
+            found |= {name + gate: (inner, hidden), name + up: (inner, hidden)}
+            found[name + down] = (hidden, inner)
+        return found
     return {
         "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+
+
+def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """GPT-2 keeps matrices the other way round."""
+    hidden, inner = config["n_embd"], 4 * config["n_embd"]
+    found: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (VOCAB, hidden),
+        "transformer.wpe.weight": (config["n_positions"], hidden),
+    }
+    for layer in range(config["n_layer"]):
+        for part, shape in (
+            ("ln_1", (hidden,)), ("attn.c_attn", (hidden, 3 * hidden)),
+            ("attn.c_proj", (hidden, hidden)), ("ln_2", (hidden,)), ("mlp.c_fc", (hidden, inner)),
+            ("mlp.c_proj", (inner, hidden)),
+        ):  # fmt: skip
+            found[f"transformer.h.{layer}.{part}.weight"] = shape
+            found[f"transformer.h.{layer}.{part}.bias"] = shape[-1:]
+    return found | {
+        "transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)
     }  # fmt: skip
 
 
@@ -255,10 +332,11 @@ def weights(name: str) -> dict[str, Floats]:
     for tensor, shape in shapes(case).items():
         values = rng.standard_normal(shape)
         kind = tensor.split(".")[-2]
-        if "embed" in kind:
+        if "embed" in kind or kind in ("wte", "wpe"):
             values *= size
         elif len(shape) > 1:
-            values *= shape[-1] ** -0.5 * (branch if kind in ADDED and not gemma else 1.0)
+            inputs = shape[0] if case.model_type == "gpt2" else shape[-1]
+            values *= inputs**-0.5 * (branch if kind in ADDED and not gemma else 1.0)
         elif tensor.endswith("bias"):
             values *= 0.5 * (branch if kind in ADDED else 1.0)
         elif gemma:  # 1 is added to these
@@ -270,7 +348,10 @@ def weights(name: str) -> dict[str, Floats]:
 
 
 BRANCH = 0.3
-ADDED = ("o_proj", "down_proj", "post_attention_layernorm", "post_feedforward_layernorm")
+ADDED = (
+    *("o_proj", "down_proj", "w2", "c_proj"),
+    *("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 """What writes to the residual stream; the norms do so in Gemma alone."""
 
 
@@ -342,7 +423,7 @@ def gguf_keys(case: Case) -> dict[str, Any]:
         "attention.head_count_kv": config["num_key_value_heads"],
         "attention.key_length": config["head_dim"],
         "attention.value_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"attention.layer_norm_{'' if case.model_type == 'gpt2' else 'rms_'}epsilon": 1e-5,
         "rope.freq_base": config["rope_theta"],
         "rope.dimension_count": config["head_dim"],
         **case.keys,
@@ -357,11 +438,24 @@ def gguf_tensors(name: str) -> dict[str, Floats]:
     architecture = {a: number for number, a in gguf.MODEL_ARCH_NAMES.items()}[case.architecture]
     names = gguf.get_tensor_name_map(architecture, case.full["num_hidden_layers"])
     found = {}
-    for tensor, values in weights(name).items():
+    for tensor, values in _stacked_experts(weights(name)).items():
         to = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         assert to is not None, tensor
         found[to] = _converted(case, tensor, values)
     return found
+
+
+def _stacked_experts(tensors: dict[str, Floats]) -> dict[str, Floats]:
+    """GGUF has one tensor for the same matrix of all experts of a layer."""
+    found: dict[str, Floats] = {}
+    stacks: dict[str, list[Floats]] = {}
+    for tensor, values in tensors.items():
+        before, experts, rest = tensor.partition(".experts.")
+        if experts:
+            stacks.setdefault(before + experts + rest.partition(".")[2], []).append(values)
+        else:
+            found[tensor] = values
+    return found | {tensor: np.stack(values) for tensor, values in stacks.items()}
 
 
 def _converted(case: Case, tensor: str, values: Floats) -> Floats:
@@ -373,6 +467,8 @@ def _converted(case: Case, tensor: str, values: Floats) -> Floats:
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
     if case.model_type.startswith("gemma") and "norm" in tensor:
         return values + np.float32(1)
+    if case.model_type == "gpt2" and ".h." in tensor and values.ndim == 2:
+        return np.ascontiguousarray(values.T)
     return values
 
 

@@ -162,3 +162,10 @@ def test_positions_turn_pairs():
     angles = np.arange(9)[:, None] * [1.0, 0.1]
     np.testing.assert_allclose(cosines, 2 * np.cos(angles), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(sines, 2 * np.sin(angles), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mixture_of_experts_says_how_many():
+    with pytest.raises(ModelFileError, match=r"lacks qwen3moe\.expert_count"):
+        config("qwen3moe")
+    assert config("qwen3moe", expert_count=4, expert_used_count=2).num_experts == 4
+    assert config().num_experts == 0
