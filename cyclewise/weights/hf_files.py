@@ -106,16 +106,21 @@ def sampling_metadata(generation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """GGUF's `tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others."""
+    """GGUF's `tokenizer.chat_template`, and `tokenizer.chat_template.NAME` of others. Files of
+    their own stand above tokenizer_config.json.
+    """
     alone = read_text(folder / "chat_template.jinja")
     if alone is not None:
-        return {"tokenizer.chat_template": alone}
+        templates = {"tokenizer.chat_template": alone}
+        for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
+            templates[f"tokenizer.chat_template.{path.stem}"] = read_text(path) or ""
+        return templates
     found = settings.get("chat_template")
     if found is None:
         found = (read_object(folder / "chat_template.json") or {}).get("chat_template")
     if isinstance(found, str):
         return {"tokenizer.chat_template": found}
-    templates: dict[str, str] = {}
+    templates = {}
     for entry in found if isinstance(found, list) else []:
         name, template = (
             (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)

@@ -298,6 +298,12 @@ def test_several_chat_templates(tmp_path):
     with open_source(tmp_path) as source:
         assert source.metadata["tokenizer.chat_template"] == "a"
         assert source.metadata["tokenizer.chat_template.tool_use"] == "b"
+    (tmp_path / "chat_template.jinja").write_text("c")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("d")
+    with open_source(tmp_path) as source:
+        assert source.metadata["tokenizer.chat_template"] == "c"
+        assert source.metadata["tokenizer.chat_template.tool_use"] == "d"
 
 
 @pytest.mark.parametrize(
