@@ -18,6 +18,7 @@ from cyclewise.repl import converse
 from cyclewise.terminal import table, write
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer, hashed_logits, scripted
 from tests.models import lora_oracle, oracle
+from tests.weights import layouts
 
 GREEDY = ["--temperature", "0"]
 
@@ -282,6 +283,21 @@ def test_info(toy):
     assert "Q4_1 3.0 MB (75%), F32 1.0 MB (25%)" in text
     assert "2000 tokens/s" in text
     assert "2 heads of 4, 1 of keys and values; 1 of 2 layers see the last 32 tokens" in text
+
+
+def test_info_of_a_directory_that_is_quantized(tmp_path):
+    _, floats = layouts.write_both(tmp_path, "bytes")
+    result = call("info", str(floats), "--quantize", "q4_k")
+    assert result.exit_code == 0 and "quantized        Q4_K, embedding and output" in result.stdout
+    assert "Q4_1" in result.stdout and "F32" in result.stdout
+    found = json.loads(call("info", str(floats), "--json").stdout)
+    assert found["quantized"] is None and set(found["format_bytes"]) == {"F32"}
+    for arguments, sentence in (
+        ((floats, "--quantize", "q5_k"), "quantize is 'q5_k'; weights are quantized to q8_0"),
+        ((tmp_path / "bytes", "--quantize", "q4_0"), "quantized already (compressed-tensors)"),
+    ):
+        result = call("info", *map(str, arguments))
+        assert result.exit_code == 2 and sentence in result.stderr
 
 
 def test_bench_passes_its_options_on(toy, monkeypatch):

@@ -143,8 +143,7 @@ def read_layout(config: Mapping[str, Any], where: str) -> Layout | None:
     if settings is None:
         return None
     where = f"{where}: quantization_config"
-    if not isinstance(settings, dict):
-        raise ModelFileError(f"{where} should be an object, not {shown(settings)}")
+    settings = _object(settings, where)
     method = settings.get("quant_method")
     match method:
         case "gptq":
@@ -189,21 +188,27 @@ def _read_gptq(settings: Mapping[str, Any], where: str) -> Layout:
 
 
 def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
-    groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(each, dict) for each in groups.values()):
-        raise ModelFileError(f"{where}: config_groups should be an object of objects")
-    if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        kind = settings["sparsity_config"]["format"]
-        raise _unsupported(where, f"compressed-tensors' sparse format {shown(kind)}")
-    for group in groups.values():
+    sparse = _object(settings.get("sparsity_config") or {}, f"{where}: sparsity_config")
+    if sparse.get("format", "dense") != "dense":
+        raise _unsupported(where, f"compressed-tensors' sparse format {shown(sparse['format'])}")
+    groups = _object(settings.get("config_groups"), f"{where}: config_groups")
+    for name, each in groups.items():
+        inside = f"{where}: config_groups: {shown(name)}"
+        group = _object(each, inside)
+        weights = _object(group.get("weights") or {}, inside)
         kind = group.get("format") or settings.get("format")
         if kind not in ("pack-quantized", "int-quantized", "naive-quantized"):
             raise _unsupported(where, f"compressed-tensors' format {shown(kind)}")
-        weights = group.get("weights") or {}
         known = (4, 8) if kind == "pack-quantized" else (8,)
         _bits(where, f"compressed-tensors' {kind}", weights.get("num_bits"), known)
         if weights.get("type", "int") != "int":
             raise _unsupported(where, f"compressed-tensors' type {shown(weights['type'])}")
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{where} should be an object, not {shown(value)}")
+    return value
 
 
 class _Tensors:

@@ -149,6 +149,10 @@ def refused(folder, kind, reason):
         ({"quant_method": "awq", "bits": 3, "group_size": 128}, "AWQ with bits: 3"),
         (layouts.compressed("float-quantized", 8), "format 'float-quantized' is not"),
         (layouts.compressed("nvfp4-pack-quantized", 4), "format 'nvfp4-pack-quantized' is not"),
+        (
+            layouts.compressed("pack-quantized", 4) | {"sparsity_config": {"format": "bitmask"}},
+            "sparse format 'bitmask' is not",
+        ),
         (layouts.compressed("marlin-24", 4), "format 'marlin-24' is not"),
         (layouts.compressed("pack-quantized", 3), "pack-quantized with bits: 3"),
         (layouts.compressed("int-quantized", 4), "int-quantized with bits: 4"),
@@ -161,7 +165,17 @@ def test_what_is_not_read_is_refused_by_name(tmp_path, settings, reason):
     refused(ours, UnsupportedModelError, reason + ".*take the float weights, a GGUF file, or")
 
 
-@pytest.mark.parametrize("settings", [3, {"quant_method": "gptq", "bits": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        3,
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": 3}}},
+        {"quant_method": "compressed-tensors", "sparsity_config": 3},
+    ],
+)
 def test_a_damaged_configuration(tmp_path, settings):
     ours, _ = write_both(tmp_path, "bytes")
     config = json.loads((ours / "config.json").read_text())
