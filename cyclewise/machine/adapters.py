@@ -71,6 +71,8 @@ class Adapters:
         self._files = tuple(files.values())
         formats = {module.format for file in self._files for module in file.modules.values()}
         names = [name for name in FLOAT_FORMATS if name in formats or name == "F32"]
+        # All that is added to a matrix is read by one kernel.
+        self._b_format = formats.pop() if len(formats) == 1 else "F32"
         units = [unit(name) for name in names for unit in (pack_unit, matmul_unit)]
         host_compiler().load([*units, lora_unit()])
         bound = sum(_bound(m) for file in self._files for m in file.modules.values())
@@ -125,8 +127,8 @@ class Adapters:
             module = modules[matrix.name]
             first = done[matrix.name]
             done[matrix.name] += matrix.num_rows
-            piece = _as(format_name, module, module.b)[first : first + matrix.num_rows]
-            b = self._pack(f"{matrix.name}.lora_b", format_name, _padded(piece, 1))
+            piece = _as(self._b_format, module, module.b)[first : first + matrix.num_rows]
+            b = self._pack(f"{matrix.name}.lora_b", self._b_format, _padded(piece, 1))
             assert b.num_rows == matrix.num_rows
             assert module.a.shape[1] == matrix.num_columns
             additions.append(Addition(b, first_rows[matrix.name], module.rank, module.scale))

@@ -452,11 +452,12 @@ class Builder:
         tables = []
         for place in range(len(matrices)):
             additions = [stack.additions[place] if stack else None for stack in stacks]
-            if not any(additions):
+            found = next((each for each in additions if each), None)
+            if found is None:
                 tables.append(0)
                 continue
-            head = {"kernel": host_compiler().address("lora_b"), "low": low,
-                    "num_splits": num_splits}  # fmt: skip
+            kernel = self._kernel(found.b, "lora_b")
+            head = {"kernel": kernel, "low": low, "num_splits": num_splits}
             table = [head[field_] for field_ in LORA_B]
             for addition in additions:
                 table += self._lora_b_record(addition)
@@ -485,7 +486,7 @@ class Builder:
             return [0] * len(LORA_B_MATRIX)
         b = addition.b
         values = {
-            "kernel": self._kernel(b, "lora_b"), "weights": b.address, "tile_bytes": b.stride,
+            "weights": b.address, "tile_bytes": b.stride,
             "num_blocks": b.num_columns // BLOCK_COLUMNS, "first_row": addition.first_row,
             "scale": _bits(addition.scale),
         }  # fmt: skip

@@ -63,8 +63,8 @@ LORA_A_MATRIX = ("kernel", "weights", "tile_bytes", "num_tiles", "column_bytes")
 """Behind LORA_A, one for each adapter: its A's; `num_tiles` is 0 where it has none."""
 LORA_B = ("kernel", "low", "num_splits")
 """What a matrix's `lora` points to: the kernel that adds B's part to a tile's sums."""
-LORA_B_MATRIX = ("kernel", "weights", "tile_bytes", "num_blocks", "first_row", "scale")
-"""Behind LORA_B, one for each adapter; `kernel` is 0 where it leaves the matrix alone."""
+LORA_B_MATRIX = ("weights", "tile_bytes", "num_blocks", "first_row", "scale")
+"""Behind LORA_B, one for each adapter; `num_blocks` is 0 where it leaves the matrix alone."""
 ROUTE = (
     "logits", "logits_stride", "num_experts", "num_chosen", "normalize",
     "slots", "places", "row_tokens", "row_weights",

@@ -6,10 +6,10 @@ cut into *splits* that threads take apart, and the sums of each lie in
 
     low    (tiles, splits, MAX_BATCH_TOKENS, 16)   float32
 
-`lora_b` adds B's part to the sums of one tile of a matrix, before bias and activation: `linear.py`
-calls it. It adds the splits up in order, takes the scale, and multiplies eight columns of B at a
-time, each eight from 0. So a token's bits depend neither on what comes with it nor on which
-adapters the other tokens of the batch have.
+`lora_b_<format>` adds B's part to the sums of one tile of a matrix, before bias and activation:
+`linear.py` calls it. It adds the splits up in order, takes the scale, and multiplies eight columns
+of B at a time, each eight from 0. So a token's bits depend neither on what comes with it nor on
+which adapters the other tokens of the batch have.
 
 Tokens come in *runs* (`layout.RUN`) of one adapter; those without one are in none.
 """
@@ -44,7 +44,7 @@ BLOCK_TOKENS = 64
 BLOCK_COLUMNS = 8
 """Columns of B that are added up from 0; every A has so many rows, or a multiple of it."""
 SPLIT_BYTES = MAX_BATCH_TOKENS * ROWS * 4
-_TOKEN_TILES = (4, 2, 1)
+_TOKEN_TILES = (6, 4, 2, 1)
 
 
 def _lora_a(
@@ -72,19 +72,6 @@ def _lora_a(
                 )
 
 
-def _lora_b(emitter: Emitter, table: Value, batch: Value, tile: Value, sums: Value) -> None:
-    with _runs(emitter, batch) as (adapter, first, last):
-        matrix = _of_adapter(emitter, table, LORA_B, LORA_B_MATRIX, adapter)
-        with emitter.when(matrix.kernel.differs(0)):
-            weights = matrix.weights + tile * matrix.tile_bytes
-            # The next tile's, which is small and would be waited for.
-            with emitter.range(matrix.tile_bytes, 2 * matrix.tile_bytes, 64) as ahead:
-                emitter.prefetch(weights + ahead)
-            record = table + (8 * len(LORA_B) + adapter * (8 * len(LORA_B_MATRIX)))
-            to = sums + first * (ROWS * 4)
-            emitter.call_address(matrix.kernel, table, record, weights, first, last - first, to)
-
-
 @contextmanager
 def _runs(emitter: Emitter, batch: Value) -> Iterator[tuple[Value, Value, Value]]:
     """A loop over the batch's runs: adapter, first token, and the one behind the last."""
@@ -102,44 +89,64 @@ def _of_adapter(
 
 
 class _Adding(FloatMatmul):
-    """Writes `lora_b_<format>(table, record, weights, first_token, num_tokens, sums)`."""
+    """Writes `lora_b_<format>(table, batch, tile, sums)`."""
 
     def write(self, emitter: Emitter) -> None:
         self.emitter, self.lanes = emitter, emitter.target.lanes
         self.floats, self.parts = vector(F32, self.lanes), ROWS // self.lanes
         functions: dict[int, ir.Function] = {
             tokens: emitter.function(
-                f"lora_b_{self.name}_{tokens}", 5,
-                lambda *a, tokens=tokens: self._add(tokens, *a), exported=False,
+                f"add_{self.name}_{tokens}", 5, lambda *a, tokens=tokens: self._add(tokens, *a),
+                exported=False,
             )
             for tokens in _TOKEN_TILES
         }  # fmt: skip
 
-        def add(
-            table: Value, record: Value, weights: Value, first: Value, count: Value, sums: Value
-        ) -> None:
-            def call(tokens: int, at: Value) -> None:
-                to = sums + at * (ROWS * 4)
-                emitter.call(functions[tokens], table, record, weights, first + at, to)
+        def add(table: Value, batch: Value, tile: Value, sums: Value) -> None:
+            with _runs(emitter, batch) as (adapter, first, last):
+                record = table + (8 * len(LORA_B) + adapter * (8 * len(LORA_B_MATRIX)))
+                matrix = Record(emitter, record, LORA_B_MATRIX)
+                weights = matrix.weights + tile * matrix.tile_bytes
 
-            emitter.in_tiles(count, _TOKEN_TILES, call)
+                def call(tokens: int, at: Value) -> None:
+                    to = sums + (first + at) * (ROWS * 4)
+                    emitter.call(functions[tokens], table, record, weights, first + at, to)
 
-        emitter.function(f"lora_b_{self.name}", 6, add)
+                with emitter.when(matrix.num_blocks > 0):
+                    emitter.in_tiles(last - first, _TOKEN_TILES, call)
+
+        emitter.function(f"lora_b_{self.name}", 4, add)
 
     def _add(
         self, tokens: int, table: Value, record: Value, weights: Value, first: Value, sums: Value
     ) -> None:
         emitter = self.emitter
         head, matrix = Record(emitter, table, LORA_B), Record(emitter, record, LORA_B_MATRIX)
-        num_splits, scale = head.num_splits, emitter.splat(matrix.float("scale"), BLOCK_COLUMNS)
+        num_splits, first_row = head.num_splits, matrix.first_row
+        lows = head.low + first * (ROWS * 4)
+        scale = emitter.splat(matrix.float("scale"), BLOCK_COLUMNS)
+        next_tile = weights + matrix.tile_bytes
         x = emitter.stack(-(-tokens * BLOCK_COLUMNS * 4 // 64) * 64)
         block_bytes = BLOCK_COLUMNS * self.column_bytes
+        places = [
+            [sums + i * (ROWS * 4) + part * self.lanes * 4 for i in range(tokens)]
+            for part in range(self.parts)
+        ]
+        # Registers hold the totals of few tokens.
+        totals = [
+            [emitter.variable(emitter.load(to, self.floats)) for to in row]
+            for row in places
+            if tokens == 1
+        ]
         with emitter.range(0, matrix.num_blocks) as block:
-            row = matrix.first_row + block * BLOCK_COLUMNS
-            low = head.low + (row >> 4) * num_splits * SPLIT_BYTES + (row & 15) * 4
+            row = first_row + block * BLOCK_COLUMNS
+            low = lows + (row >> 4) * num_splits * SPLIT_BYTES + (row & 15) * 4
             for i in range(tokens):
-                scaled = self._total(low + (first + i) * (ROWS * 4), num_splits) * scale
+                scaled = self._total(low + i * (ROWS * 4), num_splits) * scale
                 emitter.store(x + i * (BLOCK_COLUMNS * 4), scaled)
+            if tokens == 1:  # the next tile's are few, and would be waited for
+                for offset in range(0, block_bytes, 64):
+                    emitter.prefetch(next_tile + block * block_bytes + offset)
             found = self._zeros(tokens)
             for column in range(BLOCK_COLUMNS):
                 at = weights + block * block_bytes + column * self.column_bytes
@@ -151,8 +158,14 @@ class _Adding(FloatMatmul):
                         of_part[i].set(emitter.fma(weight, value, of_part[i].get()))
             for part, of_part in enumerate(found):
                 for i, added in enumerate(of_part):
-                    to = sums + i * (ROWS * 4) + part * self.lanes * 4
-                    emitter.store(to, emitter.load(to, self.floats) + added.get())
+                    if totals:
+                        totals[part][i].add(added.get())
+                    else:
+                        to = places[part][i]
+                        emitter.store(to, emitter.load(to, self.floats) + added.get())
+        for row_of, to_of in zip(totals, places, strict=False):
+            for total, to in zip(row_of, to_of, strict=True):
+                emitter.store(to, total.get())
 
     def _total(self, low: Value, num_splits: Value) -> Value:
         """Of all splits, eight columns of a token's A x."""
@@ -166,8 +179,7 @@ class _Adding(FloatMatmul):
 def lora_unit() -> Unit:
     def write(emitter: Emitter) -> None:
         emitter.function("lora_a", 5, lambda *a: _lora_a(emitter, *a))
-        emitter.function("lora_b", 4, lambda *a: _lora_b(emitter, *a))
         for name in FLOAT_FORMATS:
             _Adding(name).write(emitter)
 
-    return Unit("lora", write, ("lora_a", "lora_b", *(f"lora_b_{name}" for name in FLOAT_FORMATS)))
+    return Unit("lora", write, ("lora_a", *(f"lora_b_{name}" for name in FLOAT_FORMATS)))
