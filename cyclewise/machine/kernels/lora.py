@@ -16,7 +16,7 @@ Tokens come in *runs* (`layout.RUN`) of one adapter; those without one are in no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llvmlite import ir
@@ -24,7 +24,7 @@ from llvmlite import ir
 from cyclewise.machine.kernels.blocks import FLOAT_FORMATS, ROWS
 from cyclewise.machine.kernels.compiler import Unit
 from cyclewise.machine.kernels.float_matmul import FloatMatmul
-from cyclewise.machine.kernels.lang import F32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import F32, Emitter, Value, Variable, vector
 from cyclewise.machine.kernels.layout import (
     BATCH,
     LORA_A,
@@ -94,13 +94,14 @@ class _Adding(FloatMatmul):
     def write(self, emitter: Emitter) -> None:
         self.emitter, self.lanes = emitter, emitter.target.lanes
         self.floats, self.parts = vector(F32, self.lanes), ROWS // self.lanes
+        one = emitter.function(f"add_{self.name}_1", 5, self._one, exported=False)
         functions: dict[int, ir.Function] = {
             tokens: emitter.function(
-                f"add_{self.name}_{tokens}", 5, lambda *a, tokens=tokens: self._add(tokens, *a),
+                f"add_{self.name}_{tokens}", 5, lambda *a, tokens=tokens: self._several(tokens, *a),
                 exported=False,
             )
-            for tokens in _TOKEN_TILES
-        }  # fmt: skip
+            for tokens in _TOKEN_TILES[:-1]
+        } | {1: one}  # fmt: skip
 
         def add(table: Value, batch: Value, tile: Value, sums: Value) -> None:
             with _runs(emitter, batch) as (adapter, first, last):
@@ -117,55 +118,79 @@ class _Adding(FloatMatmul):
 
         emitter.function(f"lora_b_{self.name}", 4, add)
 
-    def _add(
+    def _one(self, table: Value, record: Value, weights: Value, first: Value, sums: Value) -> None:
+        """Onto one token's sums. Nothing goes by way of memory, and the next tile's weights, which
+        are few, are asked for: a token that decodes would wait for either.
+        """
+        emitter = self.emitter
+        next_tile = weights + Record(emitter, record, LORA_B_MATRIX).tile_bytes
+        places = [sums + part * self.lanes * 4 for part in range(self.parts)]
+        totals = [emitter.variable(emitter.load(to, self.floats)) for to in places]
+        with self._blocks(1, table, record, first) as (offset, x):
+            for ahead in range(0, BLOCK_COLUMNS * self.column_bytes, 64):
+                emitter.prefetch(next_tile + offset + ahead)
+
+            def value(_: int, column: int) -> Value:
+                return emitter.shuffle(x[0], x[0], [column] * self.lanes)
+
+            products = self._products(1, weights + offset, value)
+            for total, (product,) in zip(totals, products, strict=True):
+                total.add(product.get())
+        for total, to in zip(totals, places, strict=True):
+            emitter.store(to, total.get())
+
+    def _several(
         self, tokens: int, table: Value, record: Value, weights: Value, first: Value, sums: Value
     ) -> None:
+        """Onto the sums of some tokens, in memory: registers hold those of a block."""
+        emitter, x_bytes = self.emitter, BLOCK_COLUMNS * 4
+        stored = emitter.stack(-(-tokens * x_bytes // 64) * 64)
+        with self._blocks(tokens, table, record, first) as (offset, x):
+            for i, of_token in enumerate(x):
+                emitter.store(stored + i * x_bytes, of_token)
+
+            def value(token: int, column: int) -> Value:
+                at = stored + (token * BLOCK_COLUMNS + column) * 4
+                return emitter.broadcast(at, F32, self.lanes)
+
+            products = self._products(tokens, weights + offset, value)
+            for part, of_part in enumerate(products):
+                for i, product in enumerate(of_part):
+                    to = sums + i * (ROWS * 4) + part * self.lanes * 4
+                    emitter.store(to, emitter.load(to, self.floats) + product.get())
+
+    @contextmanager
+    def _blocks(
+        self, tokens: int, table: Value, record: Value, first: Value
+    ) -> Iterator[tuple[Value, list[Value]]]:
+        """A loop over blocks of columns: where in a tile they lie, and what they meet of each
+        token's A x, scaled.
+        """
         emitter = self.emitter
         head, matrix = Record(emitter, table, LORA_B), Record(emitter, record, LORA_B_MATRIX)
         num_splits, first_row = head.num_splits, matrix.first_row
         lows = head.low + first * (ROWS * 4)
         scale = emitter.splat(matrix.float("scale"), BLOCK_COLUMNS)
-        next_tile = weights + matrix.tile_bytes
-        x = emitter.stack(-(-tokens * BLOCK_COLUMNS * 4 // 64) * 64)
-        block_bytes = BLOCK_COLUMNS * self.column_bytes
-        places = [
-            [sums + i * (ROWS * 4) + part * self.lanes * 4 for i in range(tokens)]
-            for part in range(self.parts)
-        ]
-        # Registers hold the totals of few tokens.
-        totals = [
-            [emitter.variable(emitter.load(to, self.floats)) for to in row]
-            for row in places
-            if tokens == 1
-        ]
         with emitter.range(0, matrix.num_blocks) as block:
             row = first_row + block * BLOCK_COLUMNS
             low = lows + (row >> 4) * num_splits * SPLIT_BYTES + (row & 15) * 4
+            totals = [self._total(low + i * (ROWS * 4), num_splits) for i in range(tokens)]
+            offset = block * (BLOCK_COLUMNS * self.column_bytes)
+            yield offset, [total * scale for total in totals]
+
+    def _products(
+        self, tokens: int, weights: Value, value: Callable[[int, int], Value]
+    ) -> list[list[Variable]]:
+        """A block of columns times `value(token, column)`: (part, token)."""
+        found = self._zeros(tokens)
+        for column in range(BLOCK_COLUMNS):
+            at = weights + column * self.column_bytes
+            values = [self._load(at, part, column % 2 == 1) for part in range(self.parts)]
             for i in range(tokens):
-                scaled = self._total(low + i * (ROWS * 4), num_splits) * scale
-                emitter.store(x + i * (BLOCK_COLUMNS * 4), scaled)
-            if tokens == 1:  # the next tile's are few, and would be waited for
-                for offset in range(0, block_bytes, 64):
-                    emitter.prefetch(next_tile + block * block_bytes + offset)
-            found = self._zeros(tokens)
-            for column in range(BLOCK_COLUMNS):
-                at = weights + block * block_bytes + column * self.column_bytes
-                values = [self._load(at, part, column % 2 == 1) for part in range(self.parts)]
-                for i in range(tokens):
-                    place = x + (i * BLOCK_COLUMNS + column) * 4
-                    value = emitter.broadcast(place, F32, self.lanes)
-                    for of_part, weight in zip(found, values, strict=True):
-                        of_part[i].set(emitter.fma(weight, value, of_part[i].get()))
-            for part, of_part in enumerate(found):
-                for i, added in enumerate(of_part):
-                    if totals:
-                        totals[part][i].add(added.get())
-                    else:
-                        to = places[part][i]
-                        emitter.store(to, emitter.load(to, self.floats) + added.get())
-        for row_of, to_of in zip(totals, places, strict=False):
-            for total, to in zip(row_of, to_of, strict=True):
-                emitter.store(to, total.get())
+                factor = value(i, column)
+                for of_part, weight in zip(found, values, strict=True):
+                    of_part[i].set(self.emitter.fma(weight, factor, of_part[i].get()))
+        return found
 
     def _total(self, low: Value, num_splits: Value) -> Value:
         """Of all splits, eight columns of a token's A x."""
