@@ -12,7 +12,7 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 TARGETS=${TARGETS:-neon_i8mm neon_dot}
-KERNEL_TESTS="math packing matmul rows linear attention loop clocked_loop machine probe"
+KERNEL_TESTS="math packing matmul rows linear lora attention loop clocked_loop machine probe"
 FOLDER=$PWD/.arm64
 ROOT=$FOLDER/root
 

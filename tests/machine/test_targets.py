@@ -22,6 +22,7 @@ from cyclewise.machine.kernels import (
     experts,
     linear,
     loop,
+    lora,
     matmul,
     pack,
     probes,
@@ -55,6 +56,7 @@ KERNEL_TESTS = (
     "attention",
     "linear",
     "experts",
+    "lora",
     "loop",
     "clocked_loop",
     "machine",
@@ -64,7 +66,7 @@ UNITS = [
     *(matmul.matmul_unit(name) for name in FORMATS),
     *(pack.pack_unit(name) for name in FORMATS),
     rows.rows_unit(), linear.linear_unit(), experts.experts_unit(), attention.attention_unit(),
-    loop.loop_unit(),
+    lora.lora_unit(), loop.loop_unit(),
     stream.stream_unit(), loop.clocked_loop_unit(), probes.probes_unit(),
 ]  # fmt: skip
 

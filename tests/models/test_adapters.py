@@ -7,6 +7,7 @@ import pytest
 
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.costs import BatchShape, cost
+from cyclewise.machine.kernels.target import host_target
 from cyclewise.machine.machine import Chunk
 from cyclewise.models import load_model
 from tests import naive
@@ -50,7 +51,10 @@ def logits(model, ids, adapter=None, chunk=512, first_page=0):
     return np.concatenate(found)
 
 
-def check(model, name, adapter=0, atol=1e-3):
+def check(model, name, adapter=0):
+    # Some processors round activations that meet BF16.
+    coarse = ADAPTERS[name].dtype == "BF16" and host_target().has_bf16
+    atol = 1e-2 if coarse else 1e-3
     for length, kept, want in zip(LENGTHS, KEPT, lora_oracle.stored_logits(name), strict=True):
         ids = token_ids(length)
         got = logits(model, ids, adapter)
