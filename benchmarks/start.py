@@ -80,7 +80,8 @@ def command(model: str, *more: str) -> list[str]:
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
-    return {**os.environ, "CYCLEWISE_CACHE": str(cache)}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"CYCLEWISE_CACHE": str(cache)}
 
 
 def first_token_seconds(model: str, cache: pathlib.Path) -> float:

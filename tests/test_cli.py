@@ -528,3 +528,16 @@ def test_a_full_disk():
         )
     assert done.returncode == 2
     assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_ctrl_c_while_the_command_is_imported(monkeypatch, capsys):
+    from cyclewise.__main__ import main
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cyclewise.cli, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "")

@@ -79,6 +79,7 @@ class StepCosts:
         self.plain = 0.0
         """Seconds of a step of one token; 0 before the first step."""
         self._ratios: dict[int, float] = {1: 1.0}
+        self._learned: dict[int, int] = {}  # how often each ratio was
         self._before: tuple[int, float] | None = None
 
     def note(self, num_rows: int, seconds: float) -> None:
@@ -101,7 +102,9 @@ class StepCosts:
     def _learn(self, num_rows: int, ratio: float) -> None:
         before = self._ratio(num_rows)
         ratio = min(max(ratio, before / 2), 2 * before)
-        self._ratios[num_rows] = before + _NEWEST * (ratio - before)
+        times = self._learned[num_rows] = self._learned.get(num_rows, 0) + 1
+        # The first counts whole: of steps that are all of one size, pace and shape cannot be told.
+        self._ratios[num_rows] = before + max(_NEWEST, 1 / times) * (ratio - before)
 
     def _ratio(self, num_rows: int) -> float:
         """Relative to a step of one token; from the nearest smaller size that was measured."""

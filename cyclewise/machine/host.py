@@ -1,5 +1,5 @@
-"""What computer this is, without asking it for anything slow: the processor's name, and how many of
-its CPUs this process may use.
+"""What computer this is, without asking it for anything slow: the processor's name, how many of
+its CPUs this process may use, and what memory it would like.
 
 The machine counts its threads by it, the profile is keyed by it, and measurements put it beside
 their figures.
@@ -7,8 +7,10 @@ their figures.
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -50,3 +52,11 @@ def cpu_name() -> str:
     if "cpu family" in fields and "model" in fields:
         return f"{name} (family {fields['cpu family']}, model {fields['model']})"
     return name
+
+
+def advise(memory: mmap.mmap, *advice: str) -> None:
+    """Tells the operating system how memory will be used (`"MADV_HUGEPAGE"`), where it knows."""
+    for name in advice:
+        if hasattr(mmap, name):
+            with suppress(OSError):  # a kernel that was built without it
+                memory.madvise(getattr(mmap, name))

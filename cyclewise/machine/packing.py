@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
+from cyclewise.machine.host import advise
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
 from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.packed import Arena, open_arena
@@ -48,8 +49,7 @@ def allocate(num_bytes: int) -> NDArray[np.uint8]:
             f"The system does not give {num_bytes / 1e9:.1f} GB of memory ({error}); "
             "try a smaller context or a smaller model."
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    advise(memory, "MADV_HUGEPAGE")
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % _HUGE_PAGE
     return whole[start : start + size]
