@@ -287,6 +287,15 @@ def varied(token_ids):
     return np.eye(VOCAB_SIZE, dtype=np.float32)[(place * place) % 197] * 30
 
 
+def test_steps_of_one_size_alone_do_not_shift_the_pace():
+    costs = StepCosts()
+    costs.note(1, 1.0)
+    for _ in range(100):
+        costs.note(4, 3.0)
+    assert costs.plain == pytest.approx(1.0)
+    assert costs.of(4) == pytest.approx(3.0)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_draft_model_of_the_same_mind_is_always_right(time_by_rows, temperature):
     engine = Engine(model(rewriting()))
