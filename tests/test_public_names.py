@@ -86,7 +86,9 @@ def test_methods_of_llm():
     }
     assert list(public) == ["context", "has_chat_template", "generate", "stream", "chat", "close"]
     parameters = inspect.signature(cyclewise.LLM).parameters
-    assert list(parameters) == ["model", "context", "threads", "speculate", "draft", "adapters"]
+    assert list(parameters) == [
+        "model", "context", "threads", "speculate", "draft", "adapters", "quantize",
+    ]  # fmt: skip
     assert parameters["model"].default == "smollm2"
 
 
