@@ -311,12 +311,15 @@ class DraftModel:
         if not self._is_worth(len(pending), gain, account):
             return Guess([], [])
         trust = min(1.0, self._trust.value)
-        least = (self._row_seconds(account.costs) + self._step_seconds) * gain / account.costs.plain
         sampler = generation.copy_sampler()
-        reached = 1.0
+        expected = reached = 1.0
+        seconds = account.costs.plain
         most = self._most(pending, account)
         while len(self._proposed) < most:
-            if self._proposed and reached * self._accepted.value < least:
+            count = len(self._proposed) + 1
+            more = account.costs.of(count + 1) + count * self._step_seconds - seconds
+            # another one must bring more tokens a second than those before it
+            if self._proposed and reached * self._accepted.value * seconds < expected * more:
                 break
             logits = self._evaluate(pending)
             token_id = sampler.sample(logits, known)
@@ -326,6 +329,8 @@ class DraftModel:
             known.append(token_id)
             pending = [token_id]
             reached *= trust * self._sure[-1]
+            expected += reached
+            seconds += more
         return Guess(self._proposed, [trust * sure for sure in self._sure])
 
     def _pending(self, known: list[int]) -> list[int]:
@@ -340,7 +345,8 @@ class DraftModel:
         """The speed that the best number of guesses would give, relative to none."""
         share = self._accepted.value
         speeds = (
-            (1 - share**rows) / (1 - share) / (costs.of(rows) + (rows - 1) * self._step_seconds)
+            sum(share**count for count in range(rows))
+            / (costs.of(rows) + (rows - 1) * self._step_seconds)
             for rows in NUM_ROWS[1:]
         )
         return max(speeds) * costs.plain
@@ -351,7 +357,7 @@ class DraftModel:
         """
         reading = (num_pending - 1) * self._token_seconds
         if gain < LEAST_GAIN:
-            in_vain = self._step_seconds + self._row_seconds(account.costs)
+            in_vain = self._step_seconds + account.costs.of(2) - account.costs.plain
             return reading + in_vain <= account.allowed
         return reading <= account.allowed + account.seconds * (1 - 1 / gain)
 
@@ -366,10 +372,6 @@ class DraftModel:
             for count in range(1, most + 1)
         )
         return sum(seconds <= account.allowed for seconds in in_vain)
-
-    def _row_seconds(self, costs: StepCosts) -> float:
-        """What one more token adds to a step."""
-        return (costs.of(4) - costs.plain) / 3
 
     def _evaluate(self, pending: list[int]) -> npt.NDArray[np.float32]:
         """The logits that follow, of the other model's tokens; what it takes is noted."""

@@ -14,6 +14,7 @@ from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.speculation import (
     NUM_ROWS,
     Account,
+    DraftModel,
     Guess,
     PromptLookup,
     Speculation,
@@ -306,6 +307,18 @@ def test_a_draft_model_of_the_same_mind_is_always_right(time_by_rows, temperatur
         guessed, _ = generate(engine, PROMPT, shared.begin(), temperature=temperature)
         assert guessed == plain
     assert slow / (time_by_rows[0] - before) > 2
+
+
+def test_a_draft_model_that_is_never_wrong(time_by_rows):
+    """For long enough that the chance that it is right is 1 to the last bit."""
+    engine = Engine(model(varied))
+    drafter, account = DraftModel(drafting(time_by_rows, varied), VOCAB_SIZE), Account()
+    for _ in range(2):
+        drafter.begin()
+        plain, slow = generate(engine, PROMPT, max_tokens=800)
+        guessed, fast = generate(engine, PROMPT, Speculator(account, [drafter]), max_tokens=800)
+        assert guessed == plain
+        assert slow / fast > 2
 
 
 def test_a_draft_model_of_another_mind_changes_nothing(time_by_rows):
