@@ -3,10 +3,10 @@
     python benchmarks/lora.py MODEL.gguf ...
 
 Each model is loaded twice, without adapters and with a random one of rank 16 (`--rank`) in float16
-on all matrices of attention and feed-forward. The two take turns on the same random ids: the first
-of a pair is the model alone, and a pair's ratio is the time with the adapter over the time without.
-In the same rounds the second model runs without its adapter too, which is what requests pay that do
-not ask for one. Writes `results/lora-NAME-Nt.json`.
+on all matrices of attention and feed-forward. In every round both take turns on the same random
+ids, prompt by prompt and token by token, each round beginning with another; a round's ratio is the
+time with the adapter over the time without. In the same rounds the second model runs without its
+adapter too, which is what requests pay that do not ask for one. Writes `results/lora-NAME-Nt.json`.
 """
 
 from __future__ import annotations
@@ -64,25 +64,50 @@ def write_adapter(model: pathlib.Path, path: pathlib.Path, rank: int) -> None:
         writer.close()
 
 
+def decode_seconds(
+    engines: dict[str, OurEngine], ids: list[int], order: list[str]
+) -> dict[str, float]:
+    """Of each engine, token by token in turns: what else the computer does in a second strikes
+    them all.
+    """
+    seconds = dict.fromkeys(engines, 0.0)
+    sequences = {
+        name: engine.engine.new_sequence(engine.adapter) for name, engine in engines.items()
+    }
+    for token_id in ids:
+        for name in order:
+            start = time.perf_counter()
+            engines[name].engine.evaluate(sequences[name], [token_id], "last")
+            seconds[name] += time.perf_counter() - start
+    for name, sequence in sequences.items():
+        engines[name].engine.free(sequence)
+    return seconds
+
+
 def measure(
-    engines: dict[str, OurEngine], vocab_size: int, prompt: int, steps: int, pairs: int
+    engines: dict[str, OurEngine], vocab_size: int, prompt: int, steps: int, rounds: int
 ) -> dict[str, Any]:
-    """Seconds of each engine's prefill and decode, pair by pair, and what they are of the first."""
+    """Seconds of each engine's prefill and decode, round by round, and what they are of the
+    first's.
+    """
     for engine in engines.values():
         engine.prefill(token_ids(64, 0, vocab_size))
         engine.decode([], token_ids(4, 0, vocab_size))
+    names = list(engines)
     seconds: dict[str, dict[str, list[float]]] = {
         phase: {name: [] for name in engines} for phase in ("prefill", "decode")
     }
-    for number in range(pairs):
-        show_progress(f"pair {number + 1} of {pairs}")
+    for number in range(rounds):
+        show_progress(f"round {number + 1} of {rounds}")
         ids = token_ids(max(prompt, steps), number + 1, vocab_size)
-        for name, engine in engines.items():
+        first = number % len(names)
+        order = names[first:] + names[:first]
+        for name in order:
             time.sleep(HANDOVER_SECONDS)
-            seconds["prefill"][name].append(engine.prefill(ids[:prompt]))
-        for name, engine in engines.items():
-            time.sleep(HANDOVER_SECONDS)
-            seconds["decode"][name].append(engine.decode([], ids[:steps]))
+            seconds["prefill"][name].append(engines[name].prefill(ids[:prompt]))
+        time.sleep(HANDOVER_SECONDS)
+        for name, spent in decode_seconds(engines, ids[:steps], order).items():
+            seconds["decode"][name].append(spent)
     show_progress("")
     found: dict[str, Any] = {}
     for phase, count in (("prefill", prompt), ("decode", steps)):
@@ -106,7 +131,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
     arguments = parser.parse_args()
@@ -128,7 +153,7 @@ def main() -> None:
                 try:
                     found = measure(
                         engines, base.config.vocab_size, arguments.prompt, arguments.steps,
-                        arguments.pairs,
+                        arguments.rounds,
                     )  # fmt: skip
                     facts = other.adapters[0]
                     streamed = {
@@ -139,7 +164,7 @@ def main() -> None:
                     other.close()
                 result = {
                     "model": path.name, "threads": threads, "rank": arguments.rank,
-                    "pairs": arguments.pairs, "adapter_bytes": facts.nbytes,
+                    "rounds": arguments.rounds, "adapter_bytes": facts.nbytes,
                     "adapter_matrices": facts.modules, "bytes_per_token": streamed, **found,
                     "host": describe_host(),
                 }  # fmt: skip
