@@ -20,6 +20,7 @@ from cyclewise import __version__, clock_commands
 from cyclewise.engine.request import SamplingParams
 from cyclewise.errors import CyclewiseError, InvalidParameterError
 from cyclewise.options import (
+    KV,
     AsJson,
     Context,
     DefaultModelName,
@@ -210,6 +211,7 @@ def run(
     ] = None,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     speculate: Speculate = True,
     draft: Draft = None,
     lora: Lora = None,
@@ -260,7 +262,7 @@ def run(
     from cyclewise.llm import LLM
 
     with LLM(
-        model, context=context, threads=threads, speculate=speculate, draft=draft,
+        model, context=context, threads=threads, kv=kv, speculate=speculate, draft=draft,
         adapters=adapters(lora), quantize=quantize,
     ) as llm:  # fmt: skip
         if raw or (system is None and not llm.has_chat_template):
@@ -352,6 +354,7 @@ def chat(
     seed: Seed = None,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     speculate: Speculate = True,
     draft: Draft = None,
     lora: Lora = None,
@@ -384,7 +387,7 @@ def chat(
     from cyclewise.repl import converse
 
     with LLM(
-        model, context=context, threads=threads, speculate=speculate, draft=draft,
+        model, context=context, threads=threads, kv=kv, speculate=speculate, draft=draft,
         adapters=adapters(lora), quantize=quantize,
     ) as llm:  # fmt: skip
         if not llm.has_chat_template:
@@ -481,6 +484,7 @@ def info(
     as_json: AsJson = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     lora: Lora = None,
     quantize: Quantize = None,
 ) -> None:
@@ -494,7 +498,7 @@ def info(
     from cyclewise.models import facts as model_facts
     from cyclewise.weights.quantize import QUANTIZED
 
-    loaded = load(model, context, threads, lora=lora, quantize=quantize)
+    loaded = load(model, context, threads, kv=kv, lora=lora, quantize=quantize)
     try:
         bandwidth = loaded.machine.read_bandwidth(0.5)
         facts = {
@@ -506,6 +510,7 @@ def info(
             "adapters": [asdict(adapter) for adapter in loaded.adapters],
             "quantized": loaded.metadata.get(QUANTIZED),
             "bytes_per_token": loaded.bytes_per_token,
+            "kv": loaded.config.kv,
             "kv_bytes_per_token": loaded.kv_bytes_per_token,
             "threads": loaded.machine.num_threads,
             "read_bandwidth_bytes_per_second": bandwidth,
@@ -530,7 +535,8 @@ def info(
         f"{facts['hidden_size']}, vocabulary of {facts['vocab_size']}",
         "attention": model_facts.attention(loaded.config),
         "positions": model_facts.positions(loaded.config),
-        "context": f"{facts['context']} tokens, {facts['kv_bytes_per_token']} bytes of cache each",
+        "context": f"{facts['context']} tokens, {facts['kv_bytes_per_token']} bytes of cache each "
+        f"({facts['kv']})",
         "chat template": "yes" if facts["chat_template"] else "no",
         "weights": formats,
         "quantized": facts["quantized"],
@@ -575,6 +581,7 @@ def bench(
     as_json: AsJson = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     lora: Lora = None,
     quantize: Quantize = None,
 ) -> None:
@@ -591,7 +598,7 @@ def bench(
     from cyclewise.bench.bench import run_bench
     from cyclewise.bench.report import print_bench, show_progress
 
-    loaded = load(model, context, threads, lora=lora, quantize=quantize)
+    loaded = load(model, context, threads, kv=kv, lora=lora, quantize=quantize)
     try:
         result = run_bench(
             loaded,
@@ -623,6 +630,7 @@ def perplexity(
     ] = 32,
     as_json: AsJson = False,
     threads: Threads = None,
+    kv: KV = "f16",
     lora: Lora = None,
     quantize: Quantize = None,
 ) -> None:
@@ -639,7 +647,7 @@ def perplexity(
     from cyclewise.llm import LLM
 
     with LLM(
-        model, context=context, threads=threads, adapters=adapters(lora), quantize=quantize
+        model, context=context, threads=threads, kv=kv, adapters=adapters(lora), quantize=quantize
     ) as llm:
         result = measure(
             llm.engine,

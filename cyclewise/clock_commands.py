@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cyclewise.options import AsJson, Context, ModelName, Quantize, Threads, load, print_json
+from cyclewise.options import KV, AsJson, Context, ModelName, Quantize, Threads, load, print_json
 
 if TYPE_CHECKING:
     from cyclewise.clock.run import Settings
@@ -59,6 +59,7 @@ def profile(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     quantize: Quantize = None,
 ) -> None:
     """Count the cycles of each moment of inference, and say how far it is from its limit.
@@ -80,7 +81,7 @@ def profile(
             _require_writable(file)
     settings = Settings(prompt_tokens, generate_tokens, batch, repeats)
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context or _needed_context(settings), threads, quantize=quantize)
+    loaded = load(model, context or _needed_context(settings), threads, kv=kv, quantize=quantize)
     try:
         result, turns = profile_model(loaded, model, settings, machine, show_progress)
     finally:
@@ -139,6 +140,7 @@ def complexity(
     as_json: AsJson = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     quantize: Quantize = None,
 ) -> None:
     """Measure how cycles grow, and fit a law to each moment.
@@ -154,7 +156,7 @@ def complexity(
     from cyclewise.clock.complexity import measure_growth
     from cyclewise.clock.growth import print_complexity
 
-    loaded = load(model, context, threads, quantize=quantize)
+    loaded = load(model, context, threads, kv=kv, quantize=quantize)
     try:
         growth = measure_growth(loaded, rounds=rounds, progress=show_progress)
     finally:
@@ -182,7 +184,7 @@ def whatif(
         typer.Option(
             "--change",
             metavar="CHANGE",
-            help="q8_0, q4_0, kv-int8, threads=N, batch=N, prune-heads=X, prune-layers=N, "
+            help="q8_0, q4_0, kv=int8, threads=N, batch=N, prune-heads=X, prune-layers=N, "
             "speculate, bandwidth=X (GB/s, or 2x), machine=FILE (or laptop, server, gpu, tpu). "
             "Repeatable: each is asked by itself.",
         ),
@@ -192,7 +194,7 @@ def whatif(
     batch: Batch = 1,
     no_measure: Annotated[
         bool,
-        typer.Option("--no-measure", help="Do not measure what can be: threads, batch, layers."),
+        typer.Option("--no-measure", help="Do not measure those that can be."),
     ] = False,
     price_per_hour: Annotated[
         float | None,
@@ -204,6 +206,7 @@ def whatif(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     quantize: Quantize = None,
 ) -> None:
     """Predict what a change would bring, before anything is changed.
@@ -224,7 +227,7 @@ def whatif(
     settings = Settings(prompt_tokens, generate_tokens, batch, 3)
     machine = _machine_profile(recalibrate)
     largest = replace(settings, batch=max(batch, *(each.batch for each in changes)))
-    loaded = load(model, context or _needed_context(largest), threads, quantize=quantize)
+    loaded = load(model, context or _needed_context(largest), threads, kv=kv, quantize=quantize)
     try:
         asked = WhatIfs(loaded, settings, machine, show_progress)
         tokenizer = Tokenizer.from_metadata(loaded.metadata)
@@ -255,6 +258,7 @@ def validate(
     recalibrate: Recalibrate = False,
     context: Context = None,
     threads: Threads = None,
+    kv: KV = "f16",
     quantize: Quantize = None,
 ) -> None:
     """Compare what is predicted with what is measured.
@@ -270,7 +274,7 @@ def validate(
     from cyclewise.text.tokenizer import Tokenizer
 
     machine = _machine_profile(recalibrate)
-    loaded = load(model, context, threads, quantize=quantize)
+    loaded = load(model, context, threads, kv=kv, quantize=quantize)
     try:
         tokenizer = Tokenizer.from_metadata(loaded.metadata)
         validation = validate_model(loaded, tokenizer, machine, show_progress)

@@ -21,6 +21,7 @@ from cyclewise.errors import (
     InvalidParameterError,
     TemplateError,
 )
+from cyclewise.machine.names import CacheKind, cache_kind
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -114,6 +115,7 @@ class LLM:
         *,
         context: int | None = None,
         threads: int | None = None,
+        kv: str = "f16",
         speculate: bool = True,
         draft: str | None = None,
         adapters: Mapping[str, str] | None = None,
@@ -125,6 +127,7 @@ class LLM:
                  models` lists them), `pypi:...` or `hf:owner/repo/file.gguf`
         context  most tokens of prompt and answer together; None: the model's own, at most 4096
         threads  None: as many as this process may run on
+        kv       what the KV cache holds: `f16`, or `int8` in half the bytes
         speculate  guess tokens that the text has had before, and verify several in one step: the
                  same tokens come out, faster where answers quote (`engine/speculation.py`)
         draft    a smaller model of the same vocabulary that guesses too, named like `model`
@@ -142,15 +145,16 @@ class LLM:
             check_integer("context", context, 1, 2**31 - 1, "None: the model's own, at most 4096")
         if threads is not None:
             check_integer("threads", threads, 1, 4096, "None: as many as this process may run on")
+        kind = cache_kind(kv)
         from cyclewise.engine.engine import Engine
         from cyclewise.engine.speculation import Speculation
 
         self._adapters = _check_adapters(adapters)
         self.model, self.tokenizer = _load(
-            model, context, threads, adapters=adapters, quantize=quantize
+            model, context, threads, kv=kind, adapters=adapters, quantize=quantize
         )
         self.engine = Engine(self.model)
-        self._draft = None if draft is None else self._load_draft(draft, threads)
+        self._draft = None if draft is None else self._load_draft(draft, threads, kind)
         self.speculate = speculate  # from the next generation on
         drafting = None if self._draft is None else Engine(self._draft)
         self._speculation = Speculation(self.engine.vocab_size, drafting)
@@ -162,11 +166,11 @@ class LLM:
         self._owner: int | None = None  # the thread that generates, or last advanced the stream
         self._closed = False
 
-    def _load_draft(self, draft: str, threads: int | None) -> Model:
+    def _load_draft(self, draft: str, threads: int | None, kv: CacheKind) -> Model:
         from cyclewise.engine.speculation import check_vocabularies
 
         try:
-            loaded, tokenizer = _load(draft, None, threads)
+            loaded, tokenizer = _load(draft, None, threads, kv=kv)
         except BaseException:
             self.model.close()
             raise

@@ -45,6 +45,12 @@ Quantize = Annotated[
         show_default=False,
     ),
 ]
+KV = Annotated[
+    str,
+    typer.Option(
+        "--kv", metavar="f16|int8", help="What the KV cache holds; int8 takes half the bytes."
+    ),
+]
 Speculate = Annotated[
     bool,
     typer.Option(
@@ -128,17 +134,20 @@ def load(
     context: int | None,
     threads: int | None,
     *,
+    kv: str = "f16",
     lora: str | None = None,
     quantize: str | None = None,
 ) -> Model:
     """Fetches a model if need be, and loads it."""
+    from cyclewise.machine.names import cache_kind
     from cyclewise.models import load_model
     from cyclewise.weights.sources import resolve
 
-    found = resolve(model)
+    kind = cache_kind(kv)  # before anything is fetched
     return load_model(
-        found, context=context, threads=threads, adapters=adapters(lora), quantize=quantize
-    )
+        resolve(model), context=context, threads=threads, kv=kind, adapters=adapters(lora),
+        quantize=quantize,
+    )  # fmt: skip
 
 
 def print_json(value: object) -> None:

@@ -299,6 +299,41 @@ def to_half(x: Floats) -> NDArray[np.float16]:
     return np.clip(x, -HALF_LIMIT, HALF_LIMIT).astype(np.float16)
 
 
+# Pages of int8
+
+
+def mixed(x: Floats) -> Floats:
+    """(..., head_dim) times a Hadamard matrix in blocks of the largest power of two that divides
+    head_dim, if that is 16 or more.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    if block < 16:
+        return x
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = x.reshape(*x.shape[:-1], -1, block).astype(np.float64)
+    return np.asarray((blocks @ matrix / np.sqrt(block)).reshape(x.shape), np.float32)
+
+
+def page_codes(x: Floats) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """int8 codes of (..., head_dim) float32 and their scales (...), the upper half of a float32,
+    rounded up.
+    """
+    x = np.clip(x, -HALF_LIMIT, HALF_LIMIT)
+    largest = (np.abs(x).max(axis=-1) / np.float32(127)).astype(np.float32)
+    stored = ((largest.view(np.uint32) + 0xFFFF) >> 16).astype(np.uint16)
+    scales = page_scales(stored)
+    inverse = np.zeros_like(scales)
+    np.divide(np.float32(1), scales, out=inverse, where=scales > 1e-30)
+    return np.rint(x * inverse[..., None]).astype(np.int8), stored
+
+
+def page_scales(stored: NDArray[np.uint16]) -> Floats:
+    """The scales as float32."""
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
 # Activations in int8, and matrix products
 
 
@@ -511,6 +546,8 @@ class Transformer:
     quantized: frozenset[str] = field(default_factory=frozenset)
     """Names of the tensors whose format is quantized."""
     int8: bool = False
+    kv_int8: bool = False
+    """Keys, mixed, and values are int8 codes, not float16."""
     num_chosen: int = 0
     """Experts that a token goes to, where layers have some."""
     normalized: bool = True
@@ -554,8 +591,13 @@ class Transformer:
             self._heads(name + "attn_q", x), cosines, sines, neighbours=self.neighbours
         )
         keys = rotate(self._heads(name + "attn_k", x), cosines, sines, neighbours=self.neighbours)
-        kept, values = to_half(keys), to_half(self._heads(name + "attn_v", x))
-        queries = queries / np.sqrt(self.head_dim)
+        values = self._heads(name + "attn_v", x)
+        queries = queries / np.float32(np.sqrt(self.head_dim))
+        kept: NDArray[Any]
+        if self.kv_int8:
+            queries, kept, values = mixed(queries), _through(mixed(keys)), _through(values)
+        else:
+            kept, values = to_half(keys), to_half(values).astype(np.float32)
         attended = [
             attend(queries[i], kept[: i + 1], values[: i + 1]).reshape(-1) for i in range(len(x))
         ]
@@ -582,6 +624,12 @@ class Transformer:
                 part = self._gated(name, f".{expert}", x[token : token + 1])[0]
                 out[token] += np.float32(shares[expert]) * part
         return out
+
+
+def _through(x: Floats) -> Floats:
+    """What int8 pages keep."""
+    codes, stored = page_codes(x)
+    return codes * page_scales(stored)[..., None]
 
 
 def kl_divergence(logits: Floats, reference: Floats) -> float:

@@ -275,11 +275,13 @@ def test_info(toy):
     model.machine.num_threads = 2
     model.machine.read_bandwidth = lambda seconds: 8e9
     told = json.loads(call("info", "toy", "--json").stdout)
+    assert (told["kv"], told["kv_bytes_per_token"]) == ("f16", 128)
     assert told["decode_limit_tokens_per_second"] == 2000
     assert told["format_bytes"] == {"F32": 1_000_000, "Q4_1": 3_000_000}
     assert (told["architecture"], told["window"], told["windowed_layers"]) == ("toys", 32, 1)
     assert model.closed
     text = call("info", "toy").stdout
+    assert "128 bytes of cache each (f16)" in text
     assert "Q4_1 3.0 MB (75%), F32 1.0 MB (25%)" in text
     assert "2000 tokens/s" in text
     assert "2 heads of 4, 1 of keys and values; 1 of 2 layers see the last 32 tokens" in text

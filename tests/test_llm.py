@@ -274,7 +274,8 @@ def test_close_while_a_stream_of_this_thread_is_open(make):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"context": 0}, {"context": "4k"}, {"threads": 0}, {"threads": True}]
+    "arguments",
+    [{"context": 0}, {"context": "4k"}, {"threads": 0}, {"threads": True}, {"kv": "q8"}],
 )
 def test_bad_arguments(arguments):
     with pytest.raises(InvalidParameterError, match=next(iter(arguments))):

@@ -87,7 +87,7 @@ def test_methods_of_llm():
     assert list(public) == ["context", "has_chat_template", "generate", "stream", "chat", "close"]
     parameters = inspect.signature(cyclewise.LLM).parameters
     assert list(parameters) == [
-        "model", "context", "threads", "speculate", "draft", "adapters", "quantize",
+        "model", "context", "threads", "kv", "speculate", "draft", "adapters", "quantize",
     ]  # fmt: skip
     assert parameters["model"].default == "smollm2"
 

@@ -55,6 +55,10 @@ class BenchModel(Model, Protocol):
         """Bytes of weights that one decode step streams."""
 
     @property
+    def kv(self) -> str:
+        """What the KV cache holds."""
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that the cache holds of one token, all layers together."""
 
@@ -98,6 +102,7 @@ class BenchResult:
 
     model: str
     threads: int
+    kv: str  # what the KV cache holds
     prompt_tokens: int
     generate_tokens: int
     depth: int
@@ -285,6 +290,7 @@ def run_bench(
     return BenchResult(
         model=model.path.name,
         threads=threads,
+        kv=model.kv,
         prompt_tokens=prompt_tokens,
         generate_tokens=generate_tokens,
         depth=depth,

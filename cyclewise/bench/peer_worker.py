@@ -37,10 +37,11 @@ class LlamaCpp:
 
     Flash attention is left to the library or switched off, whichever is faster here: both are timed
     at load, for prefill and for decode, and each phase keeps its winner. That is kinder to the peer
-    than any one setting of it.
+    than any one setting of it. At a few hundred tokens, that is; who measures long contexts asks
+    for flash attention, and gets it in both.
     """
 
-    AUTOMATIC, OFF = -1, 0
+    AUTOMATIC, OFF, ON = -1, 0, 1
     LOG_LEVEL_WARN = 3
 
     def __init__(self) -> None:
@@ -55,7 +56,9 @@ class LlamaCpp:
         if level in (self.LOG_LEVEL_WARN, self.LOG_LEVEL_WARN + 1) and text.strip(b". \n"):
             self.words = [*self.words, text.decode("utf-8", "replace").strip()][-4:]
 
-    def load(self, model: str, threads: int, context: int) -> dict[str, Any]:
+    def load(
+        self, model: str, threads: int, context: int, flash_attention: bool = False
+    ) -> dict[str, Any]:
         api = self.api
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(
@@ -66,12 +69,22 @@ class LlamaCpp:
         self.vocab_size = int(api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model)))
         self.threads = threads
         self.batch = api.llama_batch_init(MICRO_BATCH, 0, 1)
-        settings = {
-            "automatic": self._new_context(context, self.AUTOMATIC),
-            "off": self._new_context(context, self.OFF),
+        settings = {"on": self.ON} if flash_attention else {
+            "automatic": self.AUTOMATIC, "off": self.OFF,
+        }  # fmt: skip
+        contexts = {name: self._new_context(context, each) for name, each in settings.items()}
+        self._choose(contexts, min(256, context))
+        return {
+            "version": importlib.metadata.version("llama-cpp-python"),
+            "vocab_size": self.vocab_size,
+            "flash_attention": self.chosen,
+            "system": api.llama_print_system_info().decode(),
         }
-        trial = [index * 37 % self.vocab_size for index in range(min(256, context))]
-        chosen: dict[str, str] = {}
+
+    def _choose(self, settings: dict[str, Any], num_tokens: int) -> None:
+        """The fastest context for each phase, on so many tokens; the others are freed."""
+        trial = [index * 37 % self.vocab_size for index in range(num_tokens)]
+        self.chosen: dict[str, str] = {}
         for phase, timed in (
             ("prefill", functools.partial(self._prefill, tokens=trial)),
             ("decode", functools.partial(self._decode, before=[], tokens=trial[:16])),
@@ -79,17 +92,11 @@ class LlamaCpp:
             for handle in settings.values():
                 self._decode(handle, [], trial[:4])
             best = {name: min(timed(c), timed(c)) for name, c in settings.items()}
-            chosen[phase] = min(best, key=lambda name: best[name])
-            self.contexts[phase] = settings[chosen[phase]]
+            self.chosen[phase] = min(best, key=lambda name: best[name])
+            self.contexts[phase] = settings[self.chosen[phase]]
         for name, handle in settings.items():
-            if name not in chosen.values():
-                api.llama_free(handle)
-        return {
-            "version": importlib.metadata.version("llama-cpp-python"),
-            "vocab_size": self.vocab_size,
-            "flash_attention": chosen,
-            "system": api.llama_print_system_info().decode(),
-        }
+            if name not in self.chosen.values():
+                self.api.llama_free(handle)
 
     def _new_context(self, context: int, flash_attention: int) -> Any:
         parameters = self.api.llama_context_default_params()

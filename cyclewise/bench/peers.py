@@ -98,11 +98,13 @@ class Peer:
     """One peer with one model loaded. A context manager; between calls its process is idle."""
 
     def __init__(
-        self, name: str, model: str | os.PathLike[str], *, num_threads: int, context: int
-    ) -> None:
+        self, name: str, model: str | os.PathLike[str], *, num_threads: int, context: int,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         """Start the peer's process and load the model.
 
         context  tokens that its KV cache must hold
+        settings of this peer alone: of llama.cpp `flash_attention=True`, not what is faster at load
 
         Raises PeerError if the peer is not installed, refuses the file (in its own words) or dies.
         """
@@ -121,7 +123,7 @@ class Peer:
         self.idle_cpu_seconds = 0.0  # processor time that it used in them
         try:
             details = self._ask(
-                "load", model=os.fspath(model), threads=num_threads, context=context
+                "load", model=os.fspath(model), threads=num_threads, context=context, **settings
             )
         except BaseException:
             self.close()

@@ -16,14 +16,15 @@ from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.costs import MatrixShape
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.kernels.blocks import ROWS, tile_bytes
-from cyclewise.machine.names import layer_of
+from cyclewise.machine.names import CacheKind, cache_kind, layer_of
 
 DRAFTED = 4
 """Tokens that are drafted at a time."""
 ACCEPTED = (0.4, 0.6, 0.8)
 """Shares of drafted tokens that are accepted: low, assumed, high."""
+_CACHES: dict[CacheKind, str] = {"f16": "float16", "int8": "8-bit integers"}
 FORMS = (
-    "q8_0", "q4_0", "kv-int8", "threads=N", "batch=N", "prune-heads=X", "prune-layers=N",
+    "q8_0", "q4_0", "kv=KIND", "threads=N", "batch=N", "prune-heads=X", "prune-layers=N",
     "speculate", "bandwidth=X", "machine=FILE",
 )  # fmt: skip
 
@@ -72,10 +73,12 @@ def parse_change(text: str) -> Change:
             return Change(
                 text, f"all matrices are stored as {name.upper()}", _requantize(name.upper())
             )
-        case "kv-int8":
+        case "kv":
+            kind = cache_kind(value)
             return Change(
-                text, "keys and values are kept as 8-bit integers; arithmetic costs what it does",
-                lambda case: replace(case, view=replace(case.view, kv_share=0.5)),
+                text,
+                f"keys and values are kept as {_CACHES[kind]}; arithmetic costs what it does",
+                lambda case: replace(case, view=replace(case.view, kv=kind)), measurable=True,
             )  # fmt: skip
         case "threads":
             count = _integer(text, value, 1, available_cpus())

@@ -24,9 +24,10 @@ from cyclewise.clock.calibrate import (
 )
 from cyclewise.clock.run import Settings
 from cyclewise.clock.synthetic import SHAPE
-from cyclewise.machine.costs import BatchShape, Form
+from cyclewise.machine.costs import BatchShape, Form, kv_bytes
 from cyclewise.machine.kernels.blocks import GROUP, ROWS
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
+from cyclewise.machine.names import CacheKind
 
 if TYPE_CHECKING:
     from cyclewise.models import Model
@@ -55,8 +56,8 @@ class View:
     head_dim: int
     vocab_size: int
     prefill_chunk: int
-    kv_share: float = 1.0
-    """Bytes of the cache, of those that float16 takes."""
+    kv: CacheKind = "f16"
+    """What the cache holds."""
 
     @classmethod
     def of(cls, model: Model) -> View:
@@ -65,8 +66,13 @@ class View:
         return cls(
             tuple(Part(moment.name, moment.form) for moment in model.program.moments),
             config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size,
-            model.machine.max_batch_tokens,
+            model.machine.max_batch_tokens, config.kv,
         )  # fmt: skip
+
+    @property
+    def kv_share(self) -> float:
+        """Bytes of the cache, of those that float16 takes."""
+        return kv_bytes(1, self.head_dim, self.kv) / kv_bytes(1, self.head_dim)
 
     @property
     def formats(self) -> tuple[str, ...]:

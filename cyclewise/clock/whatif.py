@@ -24,6 +24,7 @@ from cyclewise.clock.validate import measured_times
 from cyclewise.machine.costs import BatchShape
 from cyclewise.machine.host import available_cpus
 from cyclewise.machine.machine import Machine
+from cyclewise.machine.names import CacheKind
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,12 +141,13 @@ class WhatIfs:
         changed = change.apply(self._case)
         self._progress(f"measuring {change.text}")
         num_layers = sum(part.name.endswith("ffn.down") for part in changed.view.parts)
-        program = self._model.program
+        model = self._with_cache(changed.view.kv)
+        program = model.program
         if num_layers < self._model.config.num_layers:
             program = program.prefix(num_layers)
         machine = Machine(program, changed.threads)
         try:
-            clocked = replace(self._model, machine=machine)
+            clocked = replace(model, machine=machine)
             if changed.drafted:
                 times = speculated_times(clocked, changed.settings, changed.drafted, ACCEPTED[1])
             else:
@@ -157,6 +159,8 @@ class WhatIfs:
                 )
         finally:
             machine.close()
+            if model is not self._model:
+                model.close()
         self._progress("")
         settings = changed.settings
         ledger.append(
@@ -173,6 +177,16 @@ class WhatIfs:
             ]
         )  # fmt: skip
         return replace(answer, measured=times)
+
+    def _with_cache(self, kv: CacheKind) -> Model:
+        """The model, loaded once more where its cache must hold something else."""
+        from cyclewise.models import load_model
+
+        model = self._model
+        if kv == model.kv:
+            return model
+        threads, context = model.machine.num_threads, model.config.context_length
+        return load_model(model.path, context=context, threads=threads, kv=kv)
 
     def _predictor(self, case: Case) -> Predictor:
         self._machine, costs = calibrated(
@@ -282,7 +296,7 @@ def usual_questions(model: Model, settings: Settings) -> list[Change]:
     threads = model.machine.num_threads
     counts = [count for count in (threads // 2, available_cpus()) if count not in (0, threads)]
     texts = [f"threads={count}" for count in counts]
-    texts += [f"batch={4 * settings.batch}", "q4_0", "q8_0", "kv-int8", "speculate", "bandwidth=2x"]
+    texts += [f"batch={4 * settings.batch}", "q4_0", "q8_0", "kv=int8", "speculate", "bandwidth=2x"]
     return [parse_change(text) for text in texts]
 
 

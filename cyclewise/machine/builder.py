@@ -59,6 +59,7 @@ from cyclewise.machine.kernels.layout import (
 )
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
 from cyclewise.machine.kernels.lora import BLOCK_COLUMNS, SPLIT_BYTES, SPLIT_COLUMNS
+from cyclewise.machine.names import CacheKind
 from cyclewise.machine.packing import Matrix, allocate
 from cyclewise.machine.profile import load_tuning
 from cyclewise.machine.program import Moment, MomentClass, Program, Tiles
@@ -97,7 +98,7 @@ class Builder:
     def __init__(
         self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
         num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
-        num_threads: int, epsilon: float, private_bytes: int = 0,
+        num_threads: int, epsilon: float, kv: CacheKind = "f16", private_bytes: int = 0,
         adapters: Adapters | None = None,
     ) -> None:  # fmt: skip
         """`private_bytes`: what a thread has besides, from `_own_private` on; `adapters`: what
@@ -127,7 +128,8 @@ class Builder:
         at = private + MAX_BATCH_TOKENS * normed_stride
         self._quantized = _Buffer(at, quantized_stride, widest, True)
         self._own_private = private + -(-small // LINE) * LINE
-        self._cache = KVCache(heads, num_layers, -(-context_length // PAGE_TOKENS))
+        self._cache = KVCache(heads, num_layers, -(-context_length // PAGE_TOKENS), kv)
+        self._suffix = "" if kv == "f16" else f"_{kv}"
 
     # Buffers
 
@@ -294,6 +296,7 @@ class Builder:
         sines: NDArray[np.float32] | None, *, scale: float | None = None,
         query_norm: NDArray[np.float32] | None = None,
         key_norm: NDArray[np.float32] | None = None,
+        key_center: NDArray[np.float32] | None = None,
     ) -> None:  # fmt: skip
         """Normalizes, rotates and scales queries and keys of `qkv`; writes keys and values to the
         cache.
@@ -304,6 +307,8 @@ class Builder:
             cosines, sines: (context, rope_dim / 2); None where nothing is rotated.
             scale: of the queries; head_dim ** -0.5 if None.
             query_norm, key_norm: weights of an RMSNorm of each head, (head_dim); None: no norm.
+            key_center: what is near all rotated keys of each head, (kv_heads, head_dim): an int8
+                cache keeps the differences. Not where scores are capped.
         """
         rope_dim = 0
         if cosines is not None and sines is not None:
@@ -311,6 +316,7 @@ class Builder:
             rope_dim = 2 * cosines.shape[1]
         for weight in (query_norm, key_norm):
             assert weight is None or weight.size >= self._head_dim
+        assert key_center is None or key_center.size == self._kv_heads * self._head_dim
         keys, cache_values = self._cache.layer(layer)
         values = {
             "qkv": self._qkv.address, "qkv_stride": self._qkv.stride,
@@ -322,12 +328,13 @@ class Builder:
             "query_norm": self._pointer(query_norm), "key_norm": self._pointer(key_norm),
             "epsilon": _bits(self._epsilon),
             "keys": keys, "values": cache_values, "page_bytes": self._cache.page_bytes,
+            "key_center": self._pointer(key_center),
         }  # fmt: skip
         form = costs.rope_form(
             self._heads, self._kv_heads, self._head_dim, rope_dim,
-            query_norm=query_norm is not None, key_norm=key_norm is not None,
+            query_norm=query_norm is not None, key_norm=key_norm is not None, kv=self._cache.kind,
         )  # fmt: skip
-        self._add(name, "memory", "rope", ROPE, values, "tokens", form)
+        self._add(name, "memory", "rope" + self._suffix, ROPE, values, "tokens", form)
 
     def attention(
         self, name: str, layer: int, *, window: int | None = None, softcap: float | None = None
@@ -351,10 +358,11 @@ class Builder:
             "window": window or attention.NO_WINDOW, "softcap": _bits(softcap or 0.0),
         }  # fmt: skip
         form = costs.attention_form(
-            self._heads, self._kv_heads, self._head_dim, window=window, softcap=softcap is not None
-        )
+            self._heads, self._kv_heads, self._head_dim, window=window,
+            softcap=softcap is not None, kv=self._cache.kind,
+        )  # fmt: skip
         self._add(
-            name, "activation", "attention", ATTENTION, values, "queries", form,
+            name, "activation", "attention" + self._suffix, ATTENTION, values, "queries", form,
             tiles_per_block=self._kv_heads,
         )  # fmt: skip
 

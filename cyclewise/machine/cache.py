@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.errors import UnsupportedModelError
 from cyclewise.machine.kernels.blocks import ROWS
 from cyclewise.machine.kernels.layout import PAGE_TOKENS
+from cyclewise.machine.kernels.pages import KINDS
+from cyclewise.machine.names import CacheKind
 from cyclewise.machine.packing import allocate
-
-_HALF = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,25 @@ class Heads:
 
 
 class KVCache:
-    """Pages of float16: a layer's keys (kv_heads, head_dim, PAGE_TOKENS) before its values
-    (kv_heads, PAGE_TOKENS, padded_head_dim), layer after layer.
+    """Pages of a kind (`kernels/pages.py`): a layer's keys before its values, layer after layer.
+
+    Raises UnsupportedModelError where int8 cannot hold such heads.
     """
 
-    def __init__(self, heads: Heads, num_layers: int, num_pages: int) -> None:
-        self.heads = heads
-        self.key_bytes = heads.num_kv_heads * heads.head_dim * PAGE_TOKENS * _HALF
-        value_bytes = heads.num_kv_heads * heads.padded_head_dim * PAGE_TOKENS * _HALF
-        self._layer_bytes = self.key_bytes + value_bytes
+    def __init__(
+        self, heads: Heads, num_layers: int, num_pages: int, kind: CacheKind = "f16"
+    ) -> None:
+        if kind == "int8" and heads.head_dim % 2:
+            raise UnsupportedModelError(
+                f"The heads have {heads.head_dim} dimensions; an int8 KV cache needs an even "
+                "number: use kv f16."
+            )
+        self.heads, self.kind = heads, kind
+        pages = KINDS[kind]
+        key_lanes = pages.steps(heads.head_dim) * PAGE_TOKENS
+        value_lanes = pages.steps(PAGE_TOKENS) * heads.padded_head_dim
+        self.key_bytes = int(heads.num_kv_heads * pages.head_bytes(key_lanes))
+        self._layer_bytes = self.key_bytes + int(heads.num_kv_heads * pages.head_bytes(value_lanes))
         page_bytes = num_layers * self._layer_bytes
         memory = allocate(page_bytes * num_pages)
         self.pages: NDArray[np.uint8] = memory[: page_bytes * num_pages].reshape(num_pages, -1)

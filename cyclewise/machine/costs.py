@@ -23,6 +23,8 @@ from typing import Literal
 
 from cyclewise.machine.kernels.blocks import GROUP
 from cyclewise.machine.kernels.dot import ACTIVATION_GROUP
+from cyclewise.machine.kernels.pages import SCALE_BYTES
+from cyclewise.machine.names import CacheKind
 
 Unit = Literal["dot", "fma"]
 """Whose rate bounds a moment's arithmetic: the target's dot product of 8-bit integers, or the
@@ -316,12 +318,18 @@ def _of_experts(form: Form, num_experts: int, num_chosen: int) -> Form:
     )
 
 
+def kv_bytes(num_kv_heads: int, head_dim: int, kv: CacheKind = "f16") -> int:
+    """Of a token's keys and values in one layer: of int8 each head's codes and a scale."""
+    head = head_dim * _HALF if kv == "f16" else head_dim + SCALE_BYTES
+    return 2 * num_kv_heads * head
+
+
 def rope_form(
     num_heads: int, num_kv_heads: int, head_dim: int, rope_dim: int, *,
-    query_norm: bool = False, key_norm: bool = False,
+    query_norm: bool = False, key_norm: bool = False, kv: CacheKind = "f16",
 ) -> Form:  # fmt: skip
     """A norm's operations for each head that has one; three for each rotated number of queries and
-    keys, and the queries' scale; keys and values go to the cache as float16.
+    keys, and the queries' scale; keys and values go to the cache.
     """
     normed = num_heads * query_norm + num_kv_heads * key_norm
     rotated = (num_heads + num_kv_heads) * rope_dim
@@ -330,13 +338,13 @@ def rope_form(
         operations_per_row=normed * (4 * head_dim + 3) + 3 * rotated + num_heads * head_dim,
         weight_bytes=_FLOAT * head_dim * (query_norm + key_norm),
         bytes_per_row=_FLOAT * ((heads_read + heads_written) * head_dim + rope_dim),
-        kv_bytes_per_row=2 * num_kv_heads * head_dim * _HALF,
+        kv_bytes_per_row=kv_bytes(num_kv_heads, head_dim, kv),
     )
 
 
 def attention_form(
     num_heads: int, num_kv_heads: int, head_dim: int, *, window: int | None = None,
-    softcap: bool = False,
+    softcap: bool = False, kv: CacheKind = "f16",
 ) -> Form:  # fmt: skip
     """A pair of a query and a key: a score, and a division, a tangent and a product where it is
     capped; its part in the maximum, the difference, the exponential and the sum; the value's
@@ -346,7 +354,7 @@ def attention_form(
         operations_per_row=num_heads * head_dim,
         operations_per_pair=num_heads * (4 * head_dim + 4 + 3 * softcap),
         bytes_per_row=2 * _FLOAT * num_heads * head_dim,
-        kv_bytes_per_key=2 * num_kv_heads * head_dim * _HALF,
+        kv_bytes_per_key=kv_bytes(num_kv_heads, head_dim, kv),
         window=window,
     )
 

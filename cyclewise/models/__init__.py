@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclewise.errors import ModelFileError, UnsupportedModelError
+from cyclewise.machine.names import cache_kind
 from cyclewise.models.config import Config, read_config
 
 
@@ -38,6 +39,11 @@ class Model:
         return int(self.program.weight_bytes)
 
     @property
+    def kv(self) -> str:
+        """What the KV cache holds."""
+        return self.config.kv
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that a token adds to the KV cache."""
         return int(self.program.kv_bytes_per_token)
@@ -51,6 +57,7 @@ def load_model(
     *,
     context: int | None = None,
     threads: int | None = None,
+    kv: str = "f16",
     adapters: Mapping[str, Path | str] | None = None,
     quantize: str | None = None,
 ) -> Model:
@@ -61,6 +68,7 @@ def load_model(
         context: tokens that a sequence may hold; the model's own, at most 4,096, if None.
         threads: threads to run; None: as the machine profile says, or one for each CPU that the
             process may use. Never more than those.
+        kv: what the KV cache holds, `f16` or `int8`.
         adapters: LoRA adapters by name: PEFT's directories or GGUF files.
         quantize: "q8_0", "q4_0" or "q4_k": what a directory's float matrices become.
 
@@ -69,7 +77,8 @@ def load_model(
         UnsupportedModelError: its architecture or a format is not known here, or an adapter is of
             another model or another kind.
         ModelNotFoundError: there is no such adapter.
-        InvalidParameterError: `quantize` is none of these, or the weights are not float.
+        InvalidParameterError: the context, the number of threads or `kv` is out of range,
+            `quantize` is none of these, or the weights are not float.
     """
     from cyclewise.machine.builder import load_kernels
     from cyclewise.machine.host import available_cpus
@@ -83,7 +92,7 @@ def load_model(
         "llama": llama.build, "qwen2": llama.build, "qwen3": qwen3.build, "gemma2": gemma2.build,
         "gemma3": gemma3.build, "qwen3moe": qwen3moe.build, "phi3": phi3.build, "gpt2": gpt2.build,
     }  # fmt: skip
-    num_threads = resolve_threads(threads)
+    num_threads, kind = resolve_threads(threads), cache_kind(kv)
     with open_source(path, quantize) as source:
         architecture = source.metadata.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in builders:
@@ -94,7 +103,7 @@ def load_model(
         table = source.tensors.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
-        config = read_config(source.metadata, architecture, table.shape[0], context)
+        config = read_config(source.metadata, architecture, table.shape[0], context, kind)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
         packed = None
         if adapters:

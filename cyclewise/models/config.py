@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from cyclewise.errors import InvalidParameterError, ModelFileError, UnsupportedModelError
+from cyclewise.machine.names import CacheKind
 from cyclewise.weights.mapped import shown
 
 DEFAULT_CONTEXT = 4096
@@ -83,6 +84,8 @@ class Config:
     expert_feed_forward: int = 0
     expert_weights_normalized: bool = True
     """The weights of a token's experts have the sum 1."""
+    kv: CacheKind = "f16"
+    """What this run's KV cache holds."""
 
     def window(self, layer: int) -> int | None:
         """How many keys a token of that layer sees; None: all."""
@@ -133,8 +136,9 @@ class _Metadata:
 
 
 def read_config(
-    metadata: dict[str, Any], architecture: str, vocab_size: int, context: int | None
-) -> Config:
+    metadata: dict[str, Any], architecture: str, vocab_size: int, context: int | None,
+    kv: CacheKind = "f16",
+) -> Config:  # fmt: skip
     """The configuration of an architecture from its keys.
 
     Raises ModelFileError, UnsupportedModelError, or InvalidParameterError for the context.
@@ -188,6 +192,7 @@ def read_config(
         if experts
         else 0,
         expert_weights_normalized=bool(read.scalar("expert_weights_norm") in (None, True)),
+        kv=kv,
     )
 
 

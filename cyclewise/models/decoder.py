@@ -17,7 +17,7 @@ from cyclewise.machine.experts import ExpertBuilder, ExpertShape
 from cyclewise.machine.packing import Matrix, Weights
 from cyclewise.machine.program import Program
 from cyclewise.models.config import Config, Rope
-from cyclewise.models.rope import halves_order, rope_tables
+from cyclewise.models.rope import halves_order, mean_rotated, rope_tables
 
 Floats = NDArray[np.float32]
 Tables = tuple[Floats, Floats]
@@ -33,7 +33,7 @@ class Decoder:
             "num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads,
             "num_layers": config.num_layers, "feed_forward": config.feed_forward,
             "vocab_size": config.vocab_size, "context_length": config.context_length,
-            "num_threads": num_threads, "epsilon": config.norm_epsilon,
+            "num_threads": num_threads, "epsilon": config.norm_epsilon, "kv": config.kv,
             "adapters": weights.adapters,
         }  # fmt: skip
         self.experts: ExpertBuilder | None = None
@@ -94,6 +94,7 @@ class Layer:
         )
         self._decoder, self._experts = decoder, decoder.experts
         self._name, self._file = f"layers.{index}.", f"blk.{index}."
+        self._key_bias: Floats | None = None
 
     def norm(self, name: str, tensor: str) -> None:
         """normed = RMSNorm(hidden); where the file has a bias, LayerNorm"""
@@ -115,6 +116,7 @@ class Layer:
             shape = (rows, self._config.hidden_size)
             matrices.append(self._matrix(tensor, shape, order))
             biases.append(self._bias(tensor, rows, order))
+        self._key_bias = biases[1]
         self._builder.qkv(self._name + "attention.qkv", matrices, biases)
 
     def fused_qkv(self) -> None:
@@ -123,6 +125,8 @@ class Layer:
         rows = heads * self._config.head_dim
         matrix = self._matrix("attn_qkv", (rows, self._config.hidden_size))
         bias = self._bias("attn_qkv", rows)
+        if bias is not None:
+            self._key_bias = bias[self._config.num_heads * self._config.head_dim :]
         self._builder.qkv(self._name + "attention.qkv", [matrix], [bias])
 
     def rope(self, tables: Tables | tuple[None, None], *, norms: bool = False) -> None:
@@ -135,8 +139,19 @@ class Layer:
         )
         self._builder.rope(
             self._name + "attention.rope", self.index, *tables, scale=self._config.query_scale,
-            query_norm=query, key_norm=key,
+            query_norm=query, key_norm=key, key_center=None if norms else self._center(tables),
         )  # fmt: skip
+
+    def _center(self, tables: Tables | tuple[None, None]) -> Floats | None:
+        """What an int8 cache takes from each key: a bias can be a hundred times what differs from
+        key to key, and in pairs that turn slowly it is the same for all. A constant that is taken
+        from all scores of a query changes no weight of theirs, unless they are capped.
+        """
+        config, bias = self._config, self._key_bias
+        if config.kv == "f16" or bias is None or config.attention_softcap is not None:
+            return None
+        shape = config.num_kv_heads, config.head_dim
+        return mean_rotated(bias[: shape[0] * shape[1]].reshape(shape), tables).copy()
 
     def attend(self) -> None:
         """attended = softmax(queries . keys) . values, of the keys in the layer's window"""

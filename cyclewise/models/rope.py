@@ -45,6 +45,21 @@ def halves_order(rope_dim: int, head_dim: int, num_heads: int) -> NDArray[np.int
     return (starts + head).reshape(-1).astype(np.int32)
 
 
+def mean_rotated(vectors: Floats, tables: tuple[Floats | None, Floats | None]) -> Floats:
+    """The mean of float32 (heads, head_dim), rotated to each position of the tables: pairs of
+    dimensions that turn slowly stay nearly as they are, those that turn fast vanish.
+    """
+    cosines, sines = tables
+    if cosines is None or sines is None:
+        return vectors
+    cosine, sine = cosines.mean(axis=0), sines.mean(axis=0)
+    half, found = cosine.size, vectors.copy()
+    low, high = vectors[:, :half], vectors[:, half : 2 * half]
+    found[:, :half] = low * cosine - high * sine
+    found[:, half : 2 * half] = high * cosine + low * sine
+    return found
+
+
 def _frequencies(rope: Rope, context_length: int) -> Doubles:
     """Radians a position, (dim / 2)."""
     base = rope.base

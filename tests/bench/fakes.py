@@ -49,6 +49,7 @@ class FakeModel:
     machine: FakeMachine
     config: FakeConfig
     path: pathlib.Path = pathlib.Path("fake.gguf")
+    kv: str = "f16"
     bytes_per_token: int = 1000
     kv_bytes_per_token: int = 10
 

@@ -109,7 +109,7 @@ def make_profile(num_layers: int = 30, name: str = "smollm2", seed: int = 1) -> 
                 "sentence": "Store the weights as Q4_0: a token then streams 10 % fewer bytes.",
             },
             {
-                "change": "kv-int8", "gain_fraction": 0.018, "low": 0.01, "high": 0.03,
+                "change": "kv=int8", "gain_fraction": 0.018, "low": 0.01, "high": 0.03,
                 "sentence": "Keep keys and values as 8-bit integers; it pays from 2,000 tokens on.",
             },
         ],
@@ -318,7 +318,7 @@ def _whatif(token: float, prompt: float) -> list[dict[str, Any]]:
         ("threads=1", "one thread instead of two", 1.29, 1.96, 0.05),
         ("q4_0", "all matrices as Q4_0", 0.907, 0.98, 0.03),
         ("q8_0", "all matrices as Q8_0", 1.62, 1.31, 0.06),
-        ("kv-int8", "keys and values as 8-bit integers", 0.982, 1.0, 0.02),
+        ("kv=int8", "keys and values as 8-bit integers", 0.982, 1.0, 0.02),
         ("bandwidth=2", "memory twice as fast", 0.61, 0.99, 0.08),
     )
     return [

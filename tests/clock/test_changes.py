@@ -50,7 +50,7 @@ def test_what_is_no_matrix_keeps_its_bytes():
 
 
 def test_keys_as_integers_halve_the_cache():
-    assert (CASE.view.kv_share, changed("kv-int8").view.kv_share) == (1.0, 0.5)
+    assert (CASE.view.kv_share, changed("kv=int8").view.kv_share) == (1.0, 18 / 32)
 
 
 def test_settings():
@@ -105,11 +105,11 @@ def test_at_least_one_head_of_a_group_is_left():
 def test_what_can_be_measured_says_so():
     measurable = {
         text: parse_change(text).measurable
-        for text in ("threads=1", "batch=2", "prune-layers=1", "q4_0", "kv-int8", "speculate",
+        for text in ("threads=1", "batch=2", "prune-layers=1", "q4_0", "kv=int8", "speculate",
                      "bandwidth=2x", "prune-heads=0.5", "machine=tpu")
     }  # fmt: skip
     assert [text for text, can in measurable.items() if can] == [
-        "threads=1", "batch=2", "prune-layers=1", "speculate",
+        "threads=1", "batch=2", "prune-layers=1", "kv=int8", "speculate",
     ]  # fmt: skip
 
 
@@ -121,6 +121,8 @@ def test_what_can_be_measured_says_so():
         ("", "known are q8_0"),
         ("faster", "unknown change 'faster'"),
         ("threads", "must be written threads=N"),
+        ("kv-int8", "known are q8_0, q4_0, kv=KIND"),
+        ("kv=q8", "a KV cache holds f16 or int8"),
         ("q4_0=3", "must be written q4_0"),
         ("threads=two", "a whole one from 1"),
         ("threads=-1", "a whole one from 1"),
@@ -144,7 +146,7 @@ def test_mistakes_say_what_can_be_asked(text, said):
 
 
 def test_every_form_is_known():
-    values = {"N": "1", "X": "0.5", "FILE": "laptop"}
+    values = {"N": "1", "X": "0.5", "FILE": "laptop", "KIND": "int8"}
     for written in FORMS:
         name, _, value = written.partition("=")
         parse_change(f"{name}={values[value]}" if value else name)

@@ -126,10 +126,10 @@ def test_attention_features_are_those_of_the_pages():
 def test_smaller_keys_save_at_most_their_share():
     long = BatchShape(((1, 4000),), 1)
     attend = part("layers.0.attention.attend")
-    halved = replace(VIEW, kv_share=0.5)
+    halved = replace(VIEW, kv="int8")
     slow = predictor(bandwidth=1.0)
     full, half = (slow.moment(each, attend, long) for each in (VIEW, halved))
-    assert half == pytest.approx(full / 2)
+    assert half == pytest.approx(full * (VIEW.head_dim + 2) / (2 * VIEW.head_dim))
     fast = predictor(bandwidth=1e20)
     assert fast.moment(halved, attend, long) == pytest.approx(fast.moment(VIEW, attend, long))
 

@@ -77,7 +77,7 @@ def test_what_changes_nothing_gains_nothing(asked):
 
 
 def test_values_lie_in_their_bands(asked):
-    for text in ("q4_0", "kv-int8", "threads=1", "batch=3", "prune-heads=0.5", "prune-layers=1",
+    for text in ("q4_0", "kv=int8", "threads=1", "batch=3", "prune-heads=0.5", "prune-layers=1",
                  "speculate", "bandwidth=0.5x", "bandwidth=80", "machine=gpu"):  # fmt: skip
         answer = ask(asked, text)
         for estimate in (
@@ -151,7 +151,7 @@ def test_bands_are_those_that_validate_found():
         assert bands(machine) == (found or (BAND, BAND))
 
 
-@pytest.mark.parametrize("text", ["batch=2", "prune-layers=2", "threads=1"])
+@pytest.mark.parametrize("text", ["batch=2", "prune-layers=2", "threads=1", "kv=int8"])
 def test_what_can_be_made_is_measured_and_kept(asked, model, counter, text):
     change = parse_change(text)
     answer = asked.measure(change, asked.ask(change), ToyTokenizer())

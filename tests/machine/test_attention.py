@@ -37,6 +37,8 @@ class Sequence:
 class Cache:
     """A layer's keys and values in pages; what no sequence has written is the worst garbage."""
 
+    kernel = "attention"
+
     def __init__(self, rng, head_dim, kv_heads, num_pages):
         self.head_dim, self.kv_heads = head_dim, kv_heads
         self.padded = -(-head_dim // 16) * 16
@@ -62,6 +64,53 @@ class Cache:
         num_pages = len(self.keys)
         parts = [self.keys.reshape(num_pages, -1), self.values.reshape(num_pages, -1)]
         return np.concatenate(parts, axis=1).view(np.uint8), parts[0].shape[1] * 2
+
+
+class ByteCache(Cache):
+    """Pages of int8; garbage are the largest codes and scales."""
+
+    kernel = "attention_int8"
+
+    def __init__(self, rng, head_dim, kv_heads, num_pages):
+        super().__init__(rng, head_dim, kv_heads, num_pages)
+        half = PAGE_TOKENS // 2
+        self.keys = np.full((num_pages, kv_heads, head_dim // 2, PAGE_TOKENS, 2), 127, np.int8)
+        self.values = np.full((num_pages, kv_heads, half, self.padded, 2), -127, np.int8)
+        self.key_scales, self.value_scales = (
+            np.full((num_pages, kv_heads, PAGE_TOKENS), 0x4401, np.uint16) for _ in range(2)
+        )
+
+    def write(self, sequence, key_scale=1.0, value_scale=1.0):
+        """What the codes say, float32."""
+        positions = sequence.position + sequence.count
+        shape = (positions, self.kv_heads, self.head_dim)
+        said = []
+        for factor, codes, scales in (
+            (key_scale, self.keys, self.key_scales), (value_scale, self.values, self.value_scales),
+        ):  # fmt: skip
+            numbers = (self.rng.standard_normal(shape) * factor).astype(np.float32)
+            found, stored = naive.page_codes(numbers)
+            said.append(found * naive.page_scales(stored)[..., None])
+            for i in range(positions):
+                page, place = sequence.pages[i // PAGE_TOKENS], i % PAGE_TOKENS
+                scales[page, :, place] = stored[i]
+                if codes is self.keys:
+                    pairs = found[i].reshape(self.kv_heads, -1, 2)
+                    codes[page, :, :, place] = pairs
+                else:
+                    codes[page, :, place // 2, : self.head_dim, place % 2] = found[i]
+        return said
+
+    def memory(self):
+        parts = [
+            part.reshape(len(self.keys), self.kv_heads, -1).view(np.uint8)
+            for part in (self.keys, self.key_scales, self.values, self.value_scales)
+        ]
+        keys, values = (
+            np.concatenate(pair, axis=2).reshape(len(self.keys), -1)
+            for pair in (parts[:2], parts[2:])
+        )
+        return np.concatenate([keys, values], axis=1), keys.shape[1]
 
 
 def attend(
@@ -107,7 +156,7 @@ def attend(
     )  # fmt: skip
     batch = record(BATCH, num_tokens=tokens, query_blocks=table)
     thread = Thread(scratch_bytes(group, cache.padded))
-    run, tiles = kernel(attention_unit(), "attention"), len(blocks) * cache.kv_heads
+    run, tiles = kernel(attention_unit(), cache.kernel), len(blocks) * cache.kv_heads
     run(moment, batch, thread.record, tiles // 2, tiles)
     run(moment, batch, thread.record, 0, tiles // 2)
     thread.check()
@@ -256,3 +305,50 @@ def test_a_very_negative_first_page_is_forgotten():
         np.testing.assert_allclose(
             got[0], naive.attend(queries[0] * scale, keys, values), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 8), (7, 64), (3, 80), (4, 256), (2, 34)])
+@pytest.mark.parametrize(("window", "softcap"), [(NO_WINDOW, 0.0), (33, 0.0), (300, 20.0)])
+def test_pages_of_int8(group, head_dim, window, softcap):
+    """Ragged sequences, short and of several splits, over scattered pages: what the codes say, and
+    the same bits whatever comes with a token and whoever computes its splits.
+    """
+    rng = np.random.default_rng(group)
+    pages = rng.permutation(60).astype(np.int32)
+    sequences = [
+        Sequence(0, 20, 2 * SPLIT - 10, pages[:17]),
+        Sequence(20, 1, 3 * SPLIT + 40, pages[17:43]),
+        Sequence(21, 37, 0, pages[43:45]),
+        Sequence(58, 1, 0, pages[45:46]),
+        Sequence(59, 2, 31, pages[46:48]),
+    ]
+    cache = ByteCache(rng, head_dim, 2, 60)
+    written = [cache.write(s) for s in sequences]
+    queries = rng.standard_normal((61, 2 * group, head_dim)).astype(np.float32) * head_dim**-0.5
+    got = attend(cache, group, queries, sequences, window=window, softcap=softcap)
+    for s, (keys, values) in zip(sequences, written, strict=True):
+        for i in range(s.count):
+            seen = s.position + i + 1
+            want = naive.attend(
+                queries[s.start + i], keys[:seen], values[:seen], window=min(window, seen),
+                softcap=softcap or None,
+            )  # fmt: skip
+            # Queries and weights are multiples of a 32,767th of their largest.
+            np.testing.assert_allclose(got[s.start + i], want, rtol=1e-3, atol=3e-4)
+    for block, part in ((1, 1 << 20), (5, 1 << 20), (16, 1), (7, 2), (1, 1)):
+        again = attend(cache, group, queries, sequences, block, part, window, softcap)
+        np.testing.assert_array_equal(again, got)
+
+
+def test_large_and_small_keys_of_int8():
+    rng = np.random.default_rng(0)
+    for key_scale, value_scale in ((1e3, 1e5), (1e-38, 1e-38), (0.0, 0.0)):
+        cache, s = ByteCache(rng, 64, 2, 4), Sequence(0, 20, 60, np.array([3, 0, 2], np.int32))
+        queries = rng.standard_normal((20, 6, 64)).astype(np.float32)
+        keys, values = cache.write(s, key_scale, value_scale)
+        got = attend(cache, 3, queries, [s])
+        assert np.isfinite(got).all()
+        for i in range(20):
+            want = naive.attend(queries[i], keys[: 61 + i], values[: 61 + i])
+            # A score of ten thousand is known to half, as the query is to a 32,767th.
+            np.testing.assert_allclose(got[i], want, rtol=0.02, atol=np.abs(values).max() * 0.05)

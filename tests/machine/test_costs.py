@@ -190,6 +190,17 @@ def test_forms_of_normed_queries_and_windows():
     assert asdict(cost(form, shape)) == {"unit": "fma", **asdict(book.counts["attend"])}
 
 
+def test_forms_of_an_int8_cache():
+    """The bytes of a head: its codes, and a scale of two bytes."""
+    shape = BatchShape(((3, 50),), 0)
+    forms = rope_form(6, 2, 16, 16, kv="int8"), attention_form(6, 2, 16, kv="int8")
+    written, read = (cost(form, shape).kv_bytes for form in forms)
+    assert (written, read) == (3 * 4 * 18, 53 * 4 * 18)
+    plain = rope_form(6, 2, 16, 16), attention_form(6, 2, 16)
+    for form, other in zip(forms, plain, strict=True):
+        assert cost(form, shape).operations == cost(other, shape).operations
+
+
 def test_forms_of_gemma():
     rng, book, width = np.random.default_rng(0), Book(), 48
     table = rng.standard_normal((9, width)).astype(np.float16)

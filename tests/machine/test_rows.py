@@ -290,6 +290,67 @@ def test_rope_and_the_cache(head_dim, rope_dim):
     check_guard(cache)
 
 
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize(("head_dim", "rope_dim"), [(8, 8), (64, 64), (80, 32), (96, 96), (34, 0)])
+def test_rope_and_pages_of_int8(head_dim, rope_dim, centered):
+    """Queries and keys are mixed after they are rotated; keys and values become codes."""
+    rng = np.random.default_rng(head_dim)
+    heads, kv_heads, tokens, num_pages, half = 6, 2, 5, 4, PAGE_TOKENS // 2
+    padded = -(-head_dim // 16) * 16
+    qkv = rng.standard_normal((tokens, heads + 2 * kv_heads, head_dim)).astype(np.float32)
+    qkv[1] *= 30000  # beyond what float16 holds
+    qkv[2] *= 1e-20
+    qkv[3, -kv_heads:] = 0
+    before = qkv.copy()
+    angles = rng.uniform(-9, 9, (100, rope_dim // 2))
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions = np.array([0, 31, 32, 99, 7], np.int32)
+    slots = np.array([0, 127, 64, 35, 97], np.int32)
+    center = rng.standard_normal((kv_heads, head_dim)).astype(np.float32)
+    key_bytes = kv_heads * (head_dim + 2) * PAGE_TOKENS
+    value_bytes = kv_heads * (padded + 2) * PAGE_TOKENS
+    cache = guarded(num_pages * (key_bytes + value_bytes))
+    untouched = cache.copy()
+    moment = record(
+        ROPE, qkv=qkv, qkv_stride=qkv.strides[0], num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, padded_head_dim=padded, rope_dim=rope_dim, cosines=cosines, sines=sines,
+        scale=0.25, keys=cache, values=cache.ctypes.data + key_bytes,
+        page_bytes=key_bytes + value_bytes, key_center=center if centered else 0,
+    )  # fmt: skip
+    batch = record(BATCH, num_tokens=tokens, positions=positions, slots=slots)
+    kernel(rows_unit(), "rope_int8")(moment, batch, Thread(0).record, 0, tokens)
+
+    pages = cache[:-GUARD].reshape(num_pages, -1)
+    keys = pages[:, :key_bytes].reshape(num_pages, kv_heads, -1)
+    values = pages[:, key_bytes:].reshape(num_pages, kv_heads, -1)
+    for i in range(tokens):
+        angle = cosines[positions[i]], sines[positions[i]]
+        page, place = divmod(int(slots[i]), PAGE_TOKENS)
+        want = naive.mixed(naive.rotate(before[i, :heads] * np.float32(0.25), *angle))
+        np.testing.assert_allclose(qkv[i, :heads], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+        want = naive.rotate(before[i, heads:-kv_heads], *angle)
+        want = np.clip(naive.mixed(want - center if centered else want), -65504, 65504)
+        for head in range(kv_heads):
+            codes = keys[page, head, : head_dim * PAGE_TOKENS].view(np.int8)
+            codes = codes.reshape(-1, PAGE_TOKENS, 2)[:, place]
+            scales = keys[page, head, head_dim * PAGE_TOKENS :].view(np.uint16)
+            scale = naive.page_scales(scales[place : place + 1])
+            assert np.abs(want[head]).max() <= 127 * scale[0] * (1 + 1e-5)
+            error = np.abs(codes.reshape(-1) * scale - want[head]).max()
+            assert error <= 0.501 * scale[0] + 1e-5 * np.abs(want[head]).max()
+            codes[:] = np.array(0xA5, np.uint8).view(np.int8)
+            scales[place] = 0xA5A5
+            codes = values[page, head, : padded * PAGE_TOKENS].view(np.int8)
+            codes = codes.reshape(half, padded, 2)[place // 2, :head_dim, place % 2]
+            scales = values[page, head, padded * PAGE_TOKENS :].view(np.uint16)
+            said, stored = naive.page_codes(before[i, heads + kv_heads + head])
+            np.testing.assert_array_equal(codes, said)
+            assert scales[place] == stored
+            codes[:] = np.array(0xA5, np.uint8).view(np.int8)
+            scales[place] = 0xA5A5
+    np.testing.assert_array_equal(cache, untouched)
+
+
 @pytest.mark.parametrize("normed", [(), ("query_norm",), ("key_norm",), ("query_norm", "key_norm")])
 @pytest.mark.parametrize(("head_dim", "rope_dim"), [(8, 0), (64, 64), (72, 32), (256, 256)])
 def test_rope_of_normed_heads(head_dim, rope_dim, normed):

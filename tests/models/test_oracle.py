@@ -22,15 +22,15 @@ def load(tmp_path_factory):
     """Loads a case's model, written as `source` has it; its threads end with the module."""
     made = {}
 
-    def make(name, source, format_name="F32"):
-        key = name, source, format_name
+    def make(name, source, format_name="F32", kv="f16"):
+        key = name, source, format_name, kv
         if key not in made:
             path = tmp_path_factory.mktemp(name) / "model"
             if source == "gguf":
                 oracle.write_gguf(path, name, format_name)
             else:
                 oracle.write_directory(path, name)
-            made[key] = load_model(path, threads=2, context=CASES[name].context)
+            made[key] = load_model(path, threads=2, context=CASES[name].context, kv=kv)
         return made[key]
 
     yield make
@@ -102,6 +102,17 @@ def test_int8_activations(load, name):
     for ids, want in pairs:
         got = logits(model, ids)[oracle.kept_rows(len(ids))]
         assert naive.kl_divergence(got, want) <= 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_int8_cache(load, name):
+    model = load(name, "gguf", kv="int8")
+    pairs = zip(oracle.token_ids(CASES[name]), oracle.stored_logits(name), strict=True)
+    for ids, want in pairs:
+        whole = logits(model, ids)
+        assert naive.kl_divergence(whole[oracle.kept_rows(len(ids))], want) <= 1e-4
+        # A token has the same bits, whatever came with it.
+        np.testing.assert_array_equal(logits(model, ids, 7), whole)
 
 
 VARIANTS = [

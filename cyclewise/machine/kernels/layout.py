@@ -89,7 +89,7 @@ PLACE = ("row", "first_row", "num_rows")
 ROPE = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim", "rope_dim",
     "cosines", "sines", "scale", "query_norm", "key_norm", "epsilon", "keys", "values",
-    "page_bytes",
+    "page_bytes", "key_center",
 )  # fmt: skip
 ATTENTION = (
     "qkv", "qkv_stride", "num_heads", "num_kv_heads", "head_dim", "padded_head_dim",

@@ -14,22 +14,23 @@ summed:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, Variable, vector
 from cyclewise.machine.kernels.layout import PAGE_TOKENS
 from cyclewise.machine.kernels.math import absolute, round_to_int
+from cyclewise.machine.names import CacheKind
 
 LANES = 16
 LANE_BYTES, WIDE_BYTES = 2, 4
 """Of a lane in a page, and when widened."""
 SCALE_BYTES = 2
+LARGEST_HALF = 65504.0
 LARGEST_CODE, LARGEST_FACTOR = 127.0, 32767.0
 """Of what int8 pages hold, and of the int16 that they are multiplied by."""
 LEAST_SCALED = 1e-30
 """Factors that are all smaller are taken for zeros."""
 
-CacheKind = Literal["f16", "int8"]
 Pairs = tuple[int, int]
 
 
@@ -66,6 +67,27 @@ class Halves:
     def add(self, left: Value, right: Value, total: Value) -> Value:
         return self.emitter.fma(left, right, total)
 
+    def mix(self, head: Value, dim: Value) -> None:
+        """What becomes of a query or key, in place, before they meet: nothing."""
+
+    def write_key(self, source: Value, keys: Value, place: Value, dim: Value) -> None:
+        """A token's key, `dim` float32, to its place in a head's part of a page."""
+        with self.emitter.range(0, dim) as at:
+            single = self.emitter.load(source + at * 4, vector(F32, 1))
+            to = keys + (at * PAGE_TOKENS + place) * LANE_BYTES
+            self.emitter.store(to, self._to_half(single))
+
+    def write_value(
+        self, source: Value, values: Value, place: Value, dim: Value, padded: Value
+    ) -> None:
+        with self.emitter.range(0, dim) as at:
+            single = self.emitter.load(source + at * 4, vector(F32, 1))
+            to = values + (place * padded + at) * LANE_BYTES
+            self.emitter.store(to, self._to_half(single))
+
+    def _to_half(self, value: Value) -> Value:
+        return self.emitter.float_to_half(clamp(self.emitter, value))
+
 
 class Bytes:
     """Pages of int8."""
@@ -101,8 +123,79 @@ class Bytes:
     def add(self, left: Value, right: Value, total: Value) -> Value:
         return add_pairs(self.emitter, left, right, total)
 
+    def mix(self, head: Value, dim: Value) -> None:
+        """Queries and keys times a Hadamard matrix, in place (QuaRot: Ashkboos et al., 2024): their
+        products stay as they are, and the few large dimensions that some models' keys have are
+        spread over all. Blocks are as large as the largest power of two that divides `dim`, which
+        must be a multiple of 16; others stay as they are.
+        """
+        emitter, floats = self.emitter, vector(F32, LANES)
+        whole = (dim % LANES).equals(0)
+        end = whole.select(dim, emitter.constant(0))
+        block = end & (0 - end)
+
+        def within(address: Value) -> None:
+            value = emitter.load(address, floats)
+            for half in (1, 2, 4, 8):
+                other = emitter.shuffle(value, value, [lane ^ half for lane in range(LANES)])
+                signs = [-1.0 if lane & half else 1.0 for lane in range(LANES)]
+                value = value * emitter.vector_constant(signs, F32) + other
+            size = emitter.cast(block, F32, "sitofp")
+            factor = emitter.splat(1.0 / emitter.unary("sqrt", size), LANES)
+            emitter.store(address, value * factor)
+
+        with emitter.range(0, end, LANES) as at:
+            within(head + at * 4)
+        half = emitter.variable(emitter.constant(LANES))
+        with emitter.loop() as leave_if:
+            step = half.get()
+            leave_if(step >= block)
+            with emitter.range(0, end, LANES) as at, emitter.when((at & step).equals(0)):
+                low, high = head + at * 4, head + (at + step) * 4
+                left, right = emitter.load(low, floats), emitter.load(high, floats)
+                emitter.store(low, left + right)
+                emitter.store(high, left - right)
+            half.set(step + step)
+
+    def write_key(self, source: Value, keys: Value, place: Value, dim: Value) -> None:
+        """A token's key, `dim` float32, to its place in a head's part of a page."""
+        pairs, lanes = PAGE_TOKENS * LANE_BYTES, self.steps(dim) * PAGE_TOKENS
+        to = keys + place * LANE_BYTES
+        scale = self._write(source, dim, lambda at: to + (at >> 1) * pairs + (at & 1))
+        self.emitter.store(keys + lanes * LANE_BYTES + place * SCALE_BYTES, scale)
+
+    def write_value(
+        self, source: Value, values: Value, place: Value, dim: Value, padded: Value
+    ) -> None:
+        lanes = padded * self.steps(PAGE_TOKENS)
+        to = values + (place >> 1) * (padded * LANE_BYTES) + (place & 1)
+        scale = self._write(source, dim, lambda at: to + at * LANE_BYTES)
+        self.emitter.store(values + lanes * LANE_BYTES + place * SCALE_BYTES, scale)
+
+    def _write(self, source: Value, dim: Value, address: Callable[[Value], Value]) -> Value:
+        """Codes of float32, byte by byte: another thread may write the other half of a lane.
+        Returns their scale as it is stored.
+        """
+        emitter = self.emitter
+        largest = emitter.variable(emitter.constant(0.0, F32))
+
+        def number(at: Value) -> Value:
+            return clamp(emitter, emitter.load(source + at * 4, vector(F32, 1)))
+
+        with emitter.range(0, dim) as at:
+            magnitude = emitter.extract(absolute(emitter, number(at)), 0)
+            largest.set(emitter.maximum(largest.get(), magnitude))
+        stored, scale = code_scale(emitter, largest.get())
+        enough = scale > LEAST_SCALED
+        inverse = enough.select(1.0 / scale, emitter.constant(0.0, F32))
+        with emitter.range(0, dim) as at:
+            code = round_to_int(emitter, number(at) * emitter.splat(inverse, 1))
+            emitter.store(address(at), emitter.cast(code, vector(I8, 1), "trunc"))
+        return stored
+
 
 Kind = Halves | Bytes
+KINDS: dict[CacheKind, type[Halves] | type[Bytes]] = {"f16": Halves, "int8": Bytes}
 
 
 def add_pairs(emitter: Emitter, left: Value, right: Value, total: Value) -> Value:
@@ -168,6 +261,13 @@ def products(
                 left = kind.scalar(scalars(row, step), lanes)
                 for i in width:
                     add(row, i, left, held[i])
+
+
+def clamp(emitter: Emitter, value: Value) -> Value:
+    """What float16 cannot hold becomes its largest value: nothing in a page is ever infinite."""
+    limit = emitter.constant(LARGEST_HALF, value.type)
+    least = emitter.constant(-LARGEST_HALF, value.type)
+    return emitter.maximum(emitter.minimum(value, limit), least)
 
 
 def load_scales(emitter: Emitter, address: Value, lanes: int) -> Value:

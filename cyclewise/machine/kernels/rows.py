@@ -38,6 +38,7 @@ from cyclewise.machine.kernels.layout import (
     load_int32,
 )
 from cyclewise.machine.kernels.math import absolute, round_to_int, tanh
+from cyclewise.machine.kernels.pages import Bytes, Halves
 
 LANES = 16
 
@@ -227,17 +228,18 @@ def _lane_sums(emitter: Emitter, codes: Value) -> tuple[Value, Value]:
 
 
 def _rope(
-    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value
-) -> None:
+    emitter: Emitter, moment: Value, batch: Value, thread: Value, first: Value, last: Value, *,
+    pages: type[Halves] | type[Bytes],
+) -> None:  # fmt: skip
     """Normalizes, rotates and scales the queries in place; writes normalized and rotated keys and
-    the values, as float16, to the cache. Without weights of a norm there is none.
-
-    A page of keys of a layer is (kv_heads, head_dim, PAGE_TOKENS), of values (kv_heads,
-    PAGE_TOKENS, padded_head_dim).
+    the values to the cache's pages (`pages.py`). Without weights of a norm there is none. From keys
+    of int8 a constant is taken, if there is one: softmax does not see it.
     """
+    kind = pages(emitter)
     m, b = Record(emitter, moment, ROPE), Record(emitter, batch, BATCH)
     head_bytes, half = m.head_dim * 4, m.rope_dim // 2
-    value_bytes = m.padded_head_dim * 2
+    key_bytes = kind.head_bytes(kind.steps(m.head_dim) * PAGE_TOKENS)
+    value_bytes = kind.head_bytes(kind.steps(PAGE_TOKENS) * m.padded_head_dim)
 
     def rotate(
         head: Value, angles: tuple[Value, Value], lanes: int, at: Value, factor: Value
@@ -279,13 +281,10 @@ def _rope(
                 value = emitter.load(head + at * 4, floats) * wide
                 emitter.store(head + at * 4, value * emitter.load(weight + at * 4, floats))
 
-    def to_cache(value: Value) -> Value:
-        """float16 bits; what float16 cannot hold becomes its largest value, never infinite."""
-        limit = emitter.constant(65504.0, value.type)
-        kept = emitter.maximum(
-            emitter.minimum(value, limit), emitter.constant(-65504.0, value.type)
-        )
-        return emitter.float_to_half(kept)
+    def subtract(head: Value, center: Value) -> None:
+        with emitter.range(0, m.head_dim) as at:
+            value = emitter.load(head + at * 4, F32)
+            emitter.store(head + at * 4, value - emitter.load(center + at * 4, F32))
 
     with emitter.range(first, last) as token:
         qkv = m.qkv + token * m.qkv_stride
@@ -297,26 +296,27 @@ def _rope(
             normalize(qkv + (m.num_heads + head) * head_bytes, m.key_norm)
         with emitter.range(0, m.num_heads) as head:
             rotate_head(qkv + head * head_bytes, angles, m.float("scale"))
+            kind.mix(qkv + head * head_bytes, m.head_dim)
         slot = load_int32(emitter, b.slots, token)
         page, place = (slot // PAGE_TOKENS) * m.page_bytes, slot % PAGE_TOKENS
         with emitter.range(0, m.num_kv_heads) as head:
             key = qkv + (m.num_heads + head) * head_bytes
             rotate_head(key, angles, emitter.constant(1.0, F32))
-            to = m.keys + page + (head * m.head_dim * PAGE_TOKENS + place) * 2
-            with emitter.range(0, m.head_dim) as at:
-                single = emitter.load(key + at * 4, vector(F32, 1))
-                emitter.store(to + at * (2 * PAGE_TOKENS), to_cache(single))
+            if kind.name == "int8":
+                with emitter.when(m.key_center.differs(0)):
+                    subtract(key, m.key_center + head * head_bytes)
+            kind.mix(key, m.head_dim)
+            kind.write_key(key, m.keys + page + head * key_bytes, place, m.head_dim)
             value = qkv + (m.num_heads + m.num_kv_heads + head) * head_bytes
-            to = m.values + page + (head * PAGE_TOKENS + place) * value_bytes
-            with emitter.range(0, m.head_dim) as at:
-                single = emitter.load(value + at * 4, vector(F32, 1))
-                emitter.store(to + at * 2, to_cache(single))
+            to = m.values + page + head * value_bytes
+            kind.write_value(value, to, place, m.head_dim, m.padded_head_dim)
 
 
 def rows_unit() -> Unit:
     kernels = {
         "embed": _embed, "norm": partial(_norm, add=False), "add_norm": partial(_norm, add=True),
-        "quantize": _quantize, "rope": _rope, "softcap": _softcap, "layer_norm": _layer_norm,
+        "quantize": _quantize, "rope": partial(_rope, pages=Halves),
+        "rope_int8": partial(_rope, pages=Bytes), "softcap": _softcap, "layer_norm": _layer_norm,
         "positions": _positions,
     }  # fmt: skip
 
