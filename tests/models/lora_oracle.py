@@ -1,9 +1,8 @@
 """LoRA adapters of small random models whose logits transformers and PEFT have computed.
 
-Base models are those of `oracle.py`, and some of other architectures. An adapter's A and B come
-from a generator of numpy; `write_peft` writes them as PEFT does, and `make_lora_oracle.py` has PEFT
-read that and keeps logits in `lora_oracle.npz`. `write_gguf` writes what llama.cpp's converter
-would.
+Base models are those of `oracle.py`. An adapter's A and B come from a generator of numpy;
+`write_peft` writes them as PEFT does, and `make_lora_oracle.py` has PEFT read that and keeps logits
+in `lora_oracle.npz`. `write_gguf` writes what llama.cpp's converter would.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Adapted:
     """An adapter and its base model."""
 
     base: str
-    """Of `oracle.CASES` or BASES."""
+    """Of `oracle.CASES`."""
     modules: tuple[str, ...] = MOST
     rank: int = 4
     alpha: float = 8
@@ -41,25 +40,6 @@ class Adapted:
     config: dict[str, Any] = field(default_factory=dict)
     """Of `adapter_config.json`, beyond what all have."""
 
-
-BASES: dict[str, dict[str, Any]] = {
-    "phi3": {
-        "model_type": "phi3", **oracle.SHAPE, "sliding_window": None, "rope_scaling": None,
-        "original_max_position_embeddings": 256,
-    },
-    "gpt2": {
-        "model_type": "gpt2", "vocab_size": VOCAB, "n_positions": 256, "n_embd": 64, "n_layer": 2,
-        "n_head": 4, "n_inner": 96, "bos_token_id": 1, "eos_token_id": 2,
-    },
-    "mixtral": {
-        "model_type": "mixtral", **oracle.SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2,
-    },
-    "qwen3_moe": {
-        "model_type": "qwen3_moe", **oracle.SHAPE, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    },
-}  # fmt: skip
 
 ADAPTERS: dict[str, Adapted] = {
     "llama": Adapted("llama"),
@@ -109,108 +89,12 @@ def rank_and_scale(adapted: Adapted, module: str) -> tuple[int, float]:
     return rank, alpha / (rank**0.5 if adapted.config.get("use_rslora") else rank)
 
 
-# Base models
-
-
-def base_config(base: str) -> dict[str, Any]:
-    return BASES[base] if base in BASES else oracle.CASES[base].full
-
-
-def base_weights(base: str) -> dict[str, Floats]:
-    """By transformers' names."""
-    if base not in BASES:
-        return oracle.weights(base)
-    rng = np.random.default_rng(zlib.crc32(base.encode()))
-    tied = base == "gpt2"
-    found = {}
-    for tensor, shape in _shapes(base).items():
-        values = rng.standard_normal(shape)
-        kind = tensor.split(".")[-2]
-        if kind in ("embed_tokens", "wte"):
-            values *= 64**-0.5 if tied else 1.0
-        elif kind == "wpe":
-            values *= 0.3 * 64**-0.5
-        elif tensor.endswith("bias"):
-            values *= 0.02
-        elif len(shape) == 1:
-            values = 1 + 0.2 * values
-        else:
-            columns = shape[0] if base == "gpt2" else shape[1]
-            branch = oracle.BRANCH * (64**-0.5 if tied else 1.0)
-            added = kind in ("o_proj", "down_proj", "c_proj", "w2")
-            values *= columns**-0.5 * (branch if added else 1.0)
-        found[tensor] = values.astype(np.float32)
-    return found
-
-
-def _shapes(base: str) -> dict[str, tuple[int, ...]]:
-    if base == "gpt2":
-        return _gpt2_shapes()
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, 64)}
-    for layer in range(2):
-        parts: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (64,), "post_attention_layernorm": (64,),
-            "self_attn.o_proj": (64, 64),
-        }  # fmt: skip
-        if base == "phi3":
-            parts |= {
-                "self_attn.qkv_proj": (128, 64), "mlp.gate_up_proj": (192, 64),
-                "mlp.down_proj": (64, 96),
-            }  # fmt: skip
-        else:
-            parts |= {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64)}
-            parts |= {"self_attn.v_proj": (32, 64)}
-        if base == "mixtral":
-            parts["block_sparse_moe.gate"] = (4, 64)
-            for expert in range(4):
-                at = f"block_sparse_moe.experts.{expert}."
-                parts |= {at + "w1": (96, 64), at + "w2": (64, 96), at + "w3": (96, 64)}
-        if base == "qwen3_moe":
-            parts |= {"self_attn.q_norm": (16,), "self_attn.k_norm": (16,), "mlp.gate": (4, 64)}
-            for expert in range(4):
-                at = f"mlp.experts.{expert}."
-                parts |= {at + "gate_proj": (32, 64), at + "up_proj": (32, 64)}
-                parts[at + "down_proj"] = (64, 32)
-        found |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
-    return found | {"model.norm.weight": (64,), "lm_head.weight": (VOCAB, 64)}
-
-
-def _gpt2_shapes() -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (VOCAB, 64), "transformer.wpe.weight": (256, 64)
-    }  # fmt: skip
-    matrices = {
-        "attn.c_attn": (64, 192), "attn.c_proj": (64, 64), "mlp.c_fc": (64, 96),
-        "mlp.c_proj": (96, 64),
-    }  # fmt: skip
-    for layer in range(2):
-        at = f"transformer.h.{layer}."
-        for part, shape in matrices.items():
-            found[f"{at}{part}.weight"], found[f"{at}{part}.bias"] = shape, shape[1:]
-        for norm in ("ln_1", "ln_2"):
-            found[f"{at}{norm}.weight"] = found[f"{at}{norm}.bias"] = (64,)
-    found["transformer.ln_f.weight"] = found["transformer.ln_f.bias"] = (64,)
-    return found
-
-
-def write_base(path: Path, base: str) -> Path:
-    """As a directory of the Hub."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(base_config(base)))
-    tensors = {name: ("F32", values) for name, values in base_weights(base).items()}
-    write_safetensors(path / "model.safetensors", tensors)
-    return path
-
-
-# Adapters
-
-
 def halves(name: str) -> dict[str, tuple[Floats, Floats]]:
     """A (rank, columns) and B (rows, rank) by the module's whole name, as their type holds them."""
     adapted = ADAPTERS[name]
     rng = np.random.default_rng(zlib.crc32(f"lora {name}".encode()))
     found = {}
-    for tensor, values in base_weights(adapted.base).items():
+    for tensor, values in oracle.weights(adapted.base).items():
         module = tensor.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] not in adapted.modules or values.ndim != 2:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.models import lora_oracle
+from tests.models import lora_oracle, oracle
 from tests.models.oracle import Floats
 
 
@@ -22,7 +22,7 @@ def logits(name: str) -> Floats:
 
     base = lora_oracle.ADAPTERS[name].base
     with tempfile.TemporaryDirectory() as folder:
-        path = lora_oracle.write_base(Path(folder) / "base", base)
+        path = oracle.write_directory(Path(folder) / "base", base)
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )

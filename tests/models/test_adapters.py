@@ -27,7 +27,7 @@ def load(tmp_path_factory):
             if source == "gguf":
                 path = oracle.write_gguf(folder / "model.gguf", base, format_name)
             else:
-                path = lora_oracle.write_base(folder / "model", base)
+                path = oracle.write_directory(folder / "model", base)
             write = lora_oracle.write_gguf if gguf_adapters else lora_oracle.write_peft
             ending = ".gguf" if gguf_adapters else ""
             paths = {name: write(folder / f"{name}{ending}", name) for name in adapters}
@@ -71,16 +71,13 @@ def test_beside_a_directory(load, name):
     check(load(ADAPTERS[name].base, name), name)
 
 
-IN_GGUF = [name for name in ADAPTERS if ADAPTERS[name].base in oracle.CASES]
-
-
-@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_beside_a_gguf_file(load, name):
     """Whose Llamas have queries and keys in another order than the adapter."""
     check(load(ADAPTERS[name].base, name, source="gguf"), name)
 
 
-WITHOUT_PATTERNS = [name for name in IN_GGUF if not ADAPTERS[name].config]
+WITHOUT_PATTERNS = [name for name in ADAPTERS if not ADAPTERS[name].config]
 
 
 @pytest.mark.parametrize("source", ["gguf", "directory"])
@@ -89,7 +86,7 @@ def test_gguf_adapters(load, name, source):
     check(load(ADAPTERS[name].base, name, source=source, gguf_adapters=True), name)
 
 
-@pytest.mark.parametrize("name", IN_GGUF)
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_beside_quantized_weights(load, name):
     model = load(ADAPTERS[name].base, name, source="gguf", format_name="Q8_0")
     for length, kept, want in zip(LENGTHS, KEPT, lora_oracle.stored_logits(name), strict=True):
@@ -137,7 +134,7 @@ def test_a_model_that_has_adapters_is_itself_without_them(load):
 
 def test_any_number_of_threads(load, tmp_path):
     want = logits(load(*TWO), token_ids(41), 0)
-    path = lora_oracle.write_base(tmp_path / "model", "llama")
+    path = oracle.write_directory(tmp_path / "model", "llama")
     adapter = lora_oracle.write_peft(tmp_path / "adapter", "llama")
     model = load_model(path, threads=1, adapters={"one": adapter})
     np.testing.assert_array_equal(logits(model, token_ids(41), 0), want)
