@@ -1,10 +1,11 @@
 """What several commands share: options, loading a model, printing JSON.
 
-`cli.py` and `clock_commands.py` come here.
+`cli.py`, `text_commands.py` and `clock_commands.py` come here.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -148,6 +149,14 @@ def load(
         resolve(model), context=context, threads=threads, kv=kind, adapters=adapters(lora),
         quantize=quantize,
     )  # fmt: skip
+
+
+def read_file(path: Path, what: str) -> str:
+    """The text of a UTF-8 file that an option names; `what` it is, for the error."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameterError(f"cannot read the {what} {str(path)!r}: {error}") from None
 
 
 def print_json(value: object) -> None:
