@@ -314,7 +314,7 @@ class DraftModel:
         sampler = generation.copy_sampler()
         expected = reached = 1.0
         seconds = account.costs.plain
-        most = self._most(pending, account)
+        most, num_read = self._most(pending, account), len(pending) - 1
         while len(self._proposed) < most:
             count = len(self._proposed) + 1
             more = account.costs.of(count + 1) + count * self._step_seconds - seconds
@@ -331,6 +331,8 @@ class DraftModel:
             reached *= trust * self._sure[-1]
             expected += reached
             seconds += more
+        if num_read >= _MANY and gain >= LEAST_GAIN:  # an investment, which it is to bring back
+            account.allowed += num_read * self._token_seconds
         return Guess(self._proposed, [trust * sure for sure in self._sure])
 
     def _pending(self, known: list[int]) -> list[int]:
@@ -379,7 +381,8 @@ class DraftModel:
         logits: npt.NDArray[np.float32] = self._engine.evaluate(self._sequence, pending)[0]
         seconds = perf_counter() - start
         if len(pending) == 1:
-            self._step_seconds = _smooth(self._step_seconds, seconds)
+            # the first ones wake threads and touch memory for the first time
+            self._step_seconds = min(seconds, _smooth(self._step_seconds, seconds))
         elif len(pending) >= _MANY:
             self._token_seconds = _smooth(self._token_seconds, seconds / len(pending))
         missing = self._vocab_size - len(logits)

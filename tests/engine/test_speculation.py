@@ -333,7 +333,9 @@ def test_a_draft_model_of_another_mind_changes_nothing(time_by_rows):
 
 
 def test_a_draft_model_that_is_always_wrong_costs_little(time_by_rows):
-    """To find that out, it has to read the first prompt."""
+    """To find that out it has to read the first prompt, and now and then another, which the hundredth
+    part of the answers before it has paid for.
+    """
     engine = Engine(model(varied))
     draft = drafting(time_by_rows, unlike, seconds_a_token=0.2)
     shared = Speculation(VOCAB_SIZE, draft)
@@ -346,7 +348,7 @@ def test_a_draft_model_that_is_always_wrong_costs_little(time_by_rows):
         assert guessed == plain
         engine.free(generation.sequence)
         lost.append((time_by_rows[0] - before) / slow)
-    assert lost[0] < 1.05 and max(lost[1:5]) < 1.03 and sum(lost) / len(lost) < 1.015
+    assert max(lost) < 1.05 and sum(lost) / len(lost) < 1.015
     assert sum(draft.machine.steps) > 200  # it is tried again
 
 
