@@ -333,8 +333,8 @@ def test_a_draft_model_of_another_mind_changes_nothing(time_by_rows):
 
 
 def test_a_draft_model_that_is_always_wrong_costs_little(time_by_rows):
-    """To find that out it has to read the first prompt, and now and then another, which the hundredth
-    part of the answers before it has paid for.
+    """To find that out it has to read the first prompt, and now and then another, which the
+    hundredth part of the answers before it has paid for.
     """
     engine = Engine(model(varied))
     draft = drafting(time_by_rows, unlike, seconds_a_token=0.2)
