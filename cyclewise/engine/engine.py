@@ -73,18 +73,19 @@ class Engine:
     def __init__(self, model: Model) -> None:
         self.machine = model.machine
         self.vocab_size = model.config.vocab_size
-        self.context = model.config.context_length
-        self._pool = PagePool(
+        self.pool = PagePool(
             self.machine.num_pages, self.machine.page_tokens, self.machine.copy_page
         )
+        self.context = min(model.config.context_length, self.pool.num_tokens)
 
-    def new_sequence(self, adapter: int | None = None) -> Sequence:
-        """Begin an empty sequence, of a LoRA adapter's number or of none. It owns no page until
-        tokens come.
+    def new_sequence(self, adapter: int | None = None, salt: bytes | None = None) -> Sequence:
+        """Begin an empty sequence. It owns no page until tokens come.
+
+        adapter  the number of the LoRA adapter that its tokens have
+        salt     sequences of the same one share what they have in common (`prefix.py`); None: no
+                 other sequence finds what this one holds
         """
-        sequence = Sequence(self._pool, self.context)
-        sequence.use(adapter)
-        return sequence
+        return Sequence(self.pool, self.context, adapter, salt)
 
     def free(self, sequence: Sequence) -> None:
         """Give back all pages of a sequence. It is empty then."""
@@ -136,6 +137,7 @@ class Engine:
         for chunk, request in zip(batch.chunks, running, strict=False):
             done = batch.token_ids[chunk.start : chunk.start + chunk.count]
             request.sequence.token_ids.extend(done.tolist())
+            request.sequence.publish()
             request.num_done += chunk.count
         return logits
 

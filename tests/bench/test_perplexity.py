@@ -50,9 +50,9 @@ def test_a_bos_that_the_model_does_not_add_is_left_out() -> None:
 
 def test_the_pages_are_given_back() -> None:
     engine = Engine(fake_model())
-    free = engine._pool.num_free
+    free = engine.pool.num_free
     list(scored_logits(engine, list(range(40))))
-    assert engine._pool.num_free == free
+    assert engine.pool.num_free == free
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -103,4 +103,4 @@ def test_forks_do_not_see_each_other(actions):
         np.testing.assert_array_equal(got, np.array(want).reshape(len(new), VOCAB_SIZE))
     for sequence in sequences:
         engine.free(sequence)
-    assert engine._pool.num_free == 76
+    assert engine.pool.num_free == 76
