@@ -9,6 +9,9 @@
     ├── InvalidParameterError   a parameter is out of its range or unknown
     │   └── UnsupportedSchemaError  a JSON schema uses a keyword that cannot be followed
     ├── ContextLengthError      the tokens do not fit into the context
+    ├── OverloadedError         there is too much to do; it says when to ask again
+    ├── DeadlineError           an answer was not complete in time
+    ├── EngineError             the engine was closed, or failed
     ├── CacheError              the cache cannot be written or is full
     ├── PeerError               a program to compare with is missing or failed
     └── ClockError              this machine has no counter that the clock could stand on
@@ -59,6 +62,23 @@ class UnsupportedSchemaError(InvalidParameterError):
 
 class ContextLengthError(CyclewiseError):
     """A prompt, or a prompt with its answer, is longer than the context."""
+
+
+class OverloadedError(CyclewiseError):
+    """So much is to be done already that nothing more is taken on."""
+
+    def __init__(self, reason: str, retry_after: float) -> None:
+        """retry_after  seconds until it may be worth to ask again"""
+        super().__init__(f"{reason}; ask again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class DeadlineError(CyclewiseError):
+    """An answer was not complete when the time for it had passed."""
+
+
+class EngineError(CyclewiseError):
+    """The engine runs no more: it was closed, or failed; or a step of it failed."""
 
 
 class CacheError(CyclewiseError):

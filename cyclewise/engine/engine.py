@@ -121,17 +121,21 @@ class Engine:
 
         Raises what `evaluate` raises; nothing is reserved then.
         """
-        checked = self._check(token_ids)
+        checked = self.check(token_ids)
         sequence.reserve(len(sequence) + len(checked))
         return Request(sequence, checked, logits)
 
-    def step(self, requests: list[Request]) -> npt.NDArray[np.float32]:
+    def step(
+        self, requests: list[Request], max_tokens: int | None = None
+    ) -> npt.NDArray[np.float32]:
         """Run one step of requests whose pages are reserved, and note what of each is done.
+
+        max_tokens  of the step, at most those of the machine; None: those
 
         Returns the logits (logit rows, vocab_size) in the order of the requests, valid until the
         next step.
         """
-        batch = schedule(requests, self.machine.max_batch_tokens)
+        batch = schedule(requests, max_tokens or self.machine.max_batch_tokens)
         logits = self.machine.step(batch.token_ids, batch.chunks, batch.logit_rows)
         running = (request for request in requests if request.num_left)
         for chunk, request in zip(batch.chunks, running, strict=False):
@@ -141,7 +145,10 @@ class Engine:
             request.num_done += chunk.count
         return logits
 
-    def _check(self, token_ids: SequenceOf[int]) -> npt.NDArray[np.int32]:
+    def check(self, token_ids: SequenceOf[int]) -> npt.NDArray[np.int32]:
+        """Token ids as the machine takes them. Raises InvalidParameterError if they are none of the
+        model's.
+        """
         ids = np.asarray(token_ids, dtype=np.int64)
         if ids.ndim != 1:
             raise InvalidParameterError(f"token ids must be a flat list, not of shape {ids.shape}")

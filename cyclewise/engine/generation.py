@@ -4,22 +4,25 @@ A `Generation` is a sequence, a sampler and the conditions that end it; it choos
 knows nothing of text. `advance` runs one step of the engine for any number of them at once and
 gives back what each has gained: none while its prompt is still being evaluated, one when it
 decodes, and several when tokens that were guessed (`Generation.draft`) turn out to be those that
-would have been chosen one by one. `llm.py` makes text of them, and ends at stop strings.
+would have been chosen one by one. `llm.py` makes text of them, and ends at stop strings;
+`scheduler.py` brings on those of many users, which may have to give their pages up for a while.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from cyclewise.engine.engine import Engine
+import numpy as np
+
+from cyclewise.engine.engine import Engine, Request
 from cyclewise.engine.kvcache import Sequence
 from cyclewise.engine.logprobs import Score, score
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler, Structure
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 Ending = Literal["stop", "length"]
@@ -62,9 +65,48 @@ class Generation:
         self._drafted: list[int] = []
 
     @property
+    def num_missing(self) -> int:
+        """Free pages that `reserve` would take."""
+        return self.sequence.num_missing(len(self.sequence) + self.request.num_left)
+
+    def reserve(self) -> None:
+        """Take the pages that the request needs, which the next steps run.
+
+        Raises CyclewiseError if other sequences leave too few.
+        """
+        self.sequence.reserve(len(self.sequence) + self.request.num_left)
+
+    def suspend(self) -> None:
+        """Give back all pages, between two steps. Nothing that was chosen is lost: the request is
+        to evaluate all tokens again.
+        """
+        token_ids = np.array(self.token_ids, dtype=np.int32)
+        self._engine.free(self.sequence)
+        self.request = Request(self.sequence, token_ids, "last")
+
+    def resume(self) -> None:
+        """Begin again after `suspend`, with those pages that can be found; none is reserved."""
+        token_ids = self.request.token_ids
+        self.sequence.reuse(token_ids.tolist())
+        self.request = Request(self.sequence, token_ids[len(self.sequence) :], "last")
+
+    def fork(self, params: SamplingParams, structure: Structure | None = None) -> Generation:
+        """Another answer to the same prompt, when a step has completed that and before the first
+        token is chosen. It accepts the same logits.
+        """
+        assert not (self.num_generated or self.request.num_left)
+        other = copy.copy(self)
+        other.sequence = self.sequence.fork()
+        other.request = replace(self.request, sequence=other.sequence)
+        other.scores = []
+        other._structure = structure
+        other._sampler = Sampler(params)
+        return other
+
+    @property
     def token_ids(self) -> list[int]:
         """The prompt, and all that was generated: a list of the caller's own."""
-        rest: list[int] = self.request.token_ids.tolist()
+        rest: list[int] = self.request.token_ids[self.request.num_done :].tolist()
         return self.sequence.token_ids + rest
 
     def copy_sampler(self) -> Sampler:
@@ -134,15 +176,19 @@ class Generation:
         self.num_accepted += num_right
         self._drafted = []
         if self.finish_reason is None:
-            self.request = self._engine.request(sequence, chosen[-1:])
+            last = np.array(chosen[-1:], dtype=np.int32)
+            self.request = Request(sequence, last, "last")
         return chosen
 
 
 def advance(engine: Engine, generations: SequenceOf[Generation]) -> list[list[int]]:
     """Run one step of generations that have not ended; return the tokens that each has gained.
 
-    The same tokens come out in whatever company a generation runs.
+    The same tokens come out in whatever company a generation runs. Raises CyclewiseError, before
+    anything ran, if there are too few pages.
     """
+    for generation in generations:
+        generation.reserve()
     logits = engine.step([generation.request for generation in generations])
     gained: list[list[int]] = []
     row = 0

@@ -1,0 +1,89 @@
+"""How many tokens of a prompt may share a step with answers that are being decoded.
+
+Every token more makes the step longer, and with it the time until the next token of everyone who
+is being answered. The scheduler notes here what each step took, and asks how much of a prompt the
+next one may hold, so that it takes `STRETCH` times as long as without. What a step takes without
+is learned from steps of as many answers and no prompt, of which there is one now and then while a
+long prompt comes in; what a token of a prompt adds, from steps that hold some.
+"""
+
+from __future__ import annotations
+
+STRETCH = 2.0
+"""How much longer a step with tokens of a prompt may take. The bound for whom it delays is 2.5; the
+rest is for what measurements scatter.
+"""
+_NEWEST = 0.3
+"""Weight of the newest measurement."""
+_MIXED_IN_A_ROW = 32
+"""Steps that hold tokens of a prompt, before one without shows again what that takes."""
+
+
+class Pace:
+    """What steps cost here, as they run."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """max_tokens  of a step"""
+        self._max_tokens = max_tokens
+        self._plain: dict[int, float] = {}  # answers -> seconds of a step without a prompt
+        self._added = 0.0  # seconds that a prompt's token adds to a step with answers; 0: unknown
+        self._alone = 0.0  # seconds of a prompt's token in steps without answers; 0: unknown
+        self._mixed = 0  # steps since the last one without a prompt
+        self._last = 0  # tokens of prompts that steps have had of late
+
+    def chunk(self, num_answers: int) -> int:
+        """Tokens of prompts that a step may hold beside one token of each of these answers.
+
+        0 where the next step is to show what it takes without. All that fit where there is no
+        answer.
+        """
+        room = self._max_tokens - num_answers
+        if not num_answers:
+            return room
+        plain = self._plain.get(num_answers)
+        if plain is None or self._mixed >= _MIXED_IN_A_ROW:
+            return 0
+        count = max(1, 2 * self._last)  # what is known of a few says little of many
+        if self._added:
+            count = min(count, int((STRETCH - 1) * plain / self._added))
+        if count >= 8:  # the machine takes four tokens at once
+            count -= (num_answers + count) % 4
+        return min(max(1, count), room)
+
+    def note(self, num_answers: int, num_prompt_tokens: int, seconds: float) -> None:
+        """A step of so many answers' tokens, and so many of prompts, took so long."""
+        if not num_answers:
+            self._alone = _newer(self._alone, seconds / num_prompt_tokens)
+            return
+        if not num_prompt_tokens:
+            self._mixed = 0
+            self._plain[num_answers] = _newer(self._plain.get(num_answers, 0.0), seconds)
+            return
+        self._mixed += 1
+        self._last = max(num_prompt_tokens, self._last // 2)  # a prompt may just have ended
+        least = 0.01 * seconds  # a prompt's tokens are never for nothing
+        plain = self._plain.get(num_answers, seconds)
+        added = max(least, seconds - plain) / num_prompt_tokens
+        self._added = _newer(self._added, added)
+
+    def answer_token(self, num_answers: int) -> float:
+        """Seconds of a step that decodes so many answers; of the nearest number that was measured.
+        0 if none was.
+        """
+        if not self._plain:
+            return 0.0
+        return self._plain[min(self._plain, key=lambda number: abs(number - num_answers))]
+
+    @property
+    def prompt_token(self) -> float:
+        """Seconds of a token of a prompt; 0 before the first."""
+        return self._alone or self._added
+
+
+def _newer(known: float, measured: float) -> float:
+    """What was known, moved towards what was measured; a step that was held up counts as twice
+    the usual at most.
+    """
+    if not known:
+        return measured
+    return known + _NEWEST * (min(measured, 2 * known) - known)
