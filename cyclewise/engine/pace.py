@@ -13,8 +13,12 @@ STRETCH = 2.0
 """How much longer a step with tokens of a prompt may take. The bound for whom it delays is 2.5; the
 rest is for what measurements scatter.
 """
-_NEWEST = 0.3
+_NEWEST = 0.2
 """Weight of the newest measurement."""
+_WORSE = 0.7
+"""Its weight where a prompt's token costs more than was known: what is too much is felt at once."""
+_GROWTH = 1.5
+"""What is known of a few tokens says little of many."""
 _MIXED_IN_A_ROW = 32
 """Steps that hold tokens of a prompt, before one without shows again what that takes."""
 
@@ -43,10 +47,10 @@ class Pace:
         plain = self._plain.get(num_answers)
         if plain is None or self._mixed >= _MIXED_IN_A_ROW:
             return 0
-        count = max(1, 2 * self._last)  # what is known of a few says little of many
+        count = max(self._last + 1, int(_GROWTH * self._last))
         if self._added:
             count = min(count, int((STRETCH - 1) * plain / self._added))
-        if count >= 8:  # the machine takes four tokens at once
+        if count >= 16:  # the machine takes four tokens at once
             count -= (num_answers + count) % 4
         return min(max(1, count), room)
 
@@ -64,7 +68,7 @@ class Pace:
         least = 0.01 * seconds  # a prompt's tokens are never for nothing
         plain = self._plain.get(num_answers, seconds)
         added = max(least, seconds - plain) / num_prompt_tokens
-        self._added = _newer(self._added, added)
+        self._added = _newer(self._added, added, _WORSE if added > self._added else _NEWEST)
 
     def answer_token(self, num_answers: int) -> float:
         """Seconds of a step that decodes so many answers; of the nearest number that was measured.
@@ -80,10 +84,10 @@ class Pace:
         return self._alone or self._added
 
 
-def _newer(known: float, measured: float) -> float:
+def _newer(known: float, measured: float, weight: float = _NEWEST) -> float:
     """What was known, moved towards what was measured; a step that was held up counts as twice
     the usual at most.
     """
     if not known:
         return measured
-    return known + _NEWEST * (min(measured, 2 * known) - known)
+    return known + weight * (min(measured, 2 * known) - known)

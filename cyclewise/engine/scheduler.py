@@ -159,11 +159,12 @@ class Scheduler:
         return bool(self._arrivals or self._cancels or self._open)
 
     def submit(self, job: Job) -> None:
-        """Take a job on. The events of coming steps tell what becomes of it.
+        """Take a job on, once. The events of coming steps tell what becomes of it.
 
         Raises OverloadedError if there is too much to do, ContextLengthError if it could never fit,
         InvalidParameterError if it is malformed.
         """
+        assert job.times.queued is None
         self._check(job)
         size, params = self._engine.pool.page_tokens, job.params
         length = len(job.prompt_ids) + (params.max_tokens or self._engine.context)

@@ -441,6 +441,10 @@ def test_malformed_jobs():
             bench.submit(bad)
     bench.emptied()
     assert not bench.scheduler.has_work
+    once = bench.submit(job())
+    with pytest.raises(AssertionError):
+        bench.submit(once)
+    bench.run().emptied()
 
 
 # How it ends early
@@ -514,10 +518,7 @@ def test_a_step_that_fails():
     bench.machine.before_step = lambda: None
     assert all(isinstance(bench.ends[each, i], EngineError) for each in failing for i in (0, 1))
     bench.run().emptied()
-    again = bench.submit(failing[0])
-    del bench.ends[again, 0], bench.ends[again, 1]
-    bench.tokens.clear()
-    bench.scores.clear()
+    again = bench.submit(job(tokens(3), max_tokens=20, n=2))
     bench.run()
     check_answers(bench, [again])
     assert (later, 0) in bench.ends
