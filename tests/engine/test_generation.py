@@ -115,3 +115,51 @@ def test_the_end_among_the_guesses():
     assert generation.finish_reason == "stop"
     assert generation.sequence.token_ids == [*PROMPT, *b"ab"]  # as without guesses
     assert (generation.num_guessed, generation.num_accepted) == (3, 1)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("when", range(1, 12))
+def test_a_pause_changes_nothing(temperature, when):
+    values = {
+        "temperature": temperature, "repetition_penalty": 1.2, "frequency_penalty": 1,
+        "logprobs": 1, "max_tokens": 9,
+    }  # fmt: skip
+    prompt = list(range(20))
+    plain = begin(Engine(ToyModel()), prompt, **values)
+    (want,) = run(plain._engine, plain)
+    for salt in (None, b""):
+        engine = Engine(ToyModel())
+        params = SamplingParams(seed=4, **values)
+        sequence = engine.new_sequence(salt=salt)
+        generation = Generation(engine, sequence, prompt, params, frozenset({END}))
+        got = []
+        for number in range(12):
+            if number == when and generation.finish_reason is None:
+                text = generation.token_ids
+                generation.suspend()
+                assert generation.num_missing == -(-len(text) // 4)
+                assert engine.pool.num_free == engine.pool.num_pages
+                if salt is not None:
+                    generation.resume()
+                    assert len(generation.sequence) > 0
+                assert generation.token_ids == text
+            if generation.finish_reason is None:
+                got += advance(engine, [generation])[0]
+        got += run(engine, generation)[0]
+        assert (got, generation.scores) == (want, plain.scores)
+
+
+def test_a_fork_has_all_of_its_own():
+    engine = Engine(ToyModel(spare_pages=20))
+    values = {"temperature": 1.5, "frequency_penalty": 1, "logprobs": 1, "max_tokens": 5}
+    first = begin(engine, seed=4, **values)
+    logits = engine.step([first.request])
+    second = first.fork(SamplingParams(seed=5, **values))
+    texts = [first.accept(logits), second.accept(logits)]
+    for text, rest in zip(texts, run(engine, first, second), strict=True):
+        text += rest
+    for seed, text, fork in zip((4, 5), texts, (first, second), strict=True):
+        alone = begin(Engine(ToyModel()), seed=seed, **values)
+        assert run(alone._engine, alone) == [text]
+        assert fork.scores == alone.scores
+    engine.pool.check([first.sequence, second.sequence])
