@@ -10,6 +10,7 @@ would have been chosen one by one. `llm.py` makes text of them, and ends at stop
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
