@@ -34,6 +34,7 @@ class Job:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()  # tokens that end an answer and are no part of it
     structures: Sequence[Structure | None] = ()  # of each answer, its own; empty: none
+    adapter: int | None = None  # the number of the LoRA adapter that `params` names
     salt: bytes = b""  # jobs of the same one share what the cache holds of their prompts
     priority: int = 0  # a greater one goes first: see `scheduler.AGEING_SECONDS`
     deadline: float | None = None  # by the scheduler's clock: when it fails if it has not ended

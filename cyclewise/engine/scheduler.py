@@ -347,7 +347,7 @@ class Scheduler:
 
     def _new_generation(self, answer: _Answer, spare: int) -> Generation | None:
         job, engine = answer.job, self._engine
-        sequence = engine.new_sequence(salt=job.salt)
+        sequence = engine.new_sequence(job.adapter, job.salt)
         sequence.reuse(job.prompt_ids)
         if sequence.num_missing(len(job.prompt_ids)) + spare > engine.pool.num_free:
             engine.free(sequence)

@@ -30,7 +30,8 @@ def tokens(count, seed=0):
 
 
 def job(prompt=(1, 2, 3), stop_ids=frozenset({END}), structures=(), **values):
-    own = {name: values.pop(name) for name in ("salt", "priority", "deadline") if name in values}
+    names = ("adapter", "salt", "priority", "deadline")
+    own = {name: values.pop(name) for name in names if name in values}
     params = SamplingParams(**{"seed": 4, "max_tokens": 6, **values})
     return Job(list(prompt), params, stop_ids, structures, **own)
 
@@ -113,8 +114,8 @@ def alone(one, context=64, index=0, logits=None):
     engine = Engine(ToyModel(context=context, page_tokens=4, **extra))
     structure = one.structures[index].fresh() if one.structures else None
     generation = Generation(
-        engine, engine.new_sequence(), one.prompt_ids, one.params.of_answer(index), one.stop_ids,
-        structure,
+        engine, engine.new_sequence(one.adapter), one.prompt_ids, one.params.of_answer(index),
+        one.stop_ids, structure,
     )  # fmt: skip
     gained = []
     while generation.finish_reason is None:
@@ -254,6 +255,17 @@ def test_a_prompt_that_begins_like_another():
     numbers = bench.emptied()
     assert (numbers.prompt_tokens, numbers.reused_tokens) == (63, 20)
     assert numbers.pages_cached > 0
+
+
+def test_keys_and_values_of_an_adapter_are_its_own():
+    bench = Bench(spare_pages=64)
+    jobs = [job(tokens(21), adapter=adapter) for adapter in (None, 0, 1, 0, None)]
+    for each in jobs:
+        bench.submit(each)
+        bench.run()
+    assert [each.reused_tokens for each in jobs] == [0, 0, 0, 20, 20]
+    check_answers(bench, jobs)
+    assert len({tuple(bench.tokens[each, 0]) for each in jobs}) == 3
 
 
 def test_the_second_waits_for_what_the_first_is_about_to_evaluate():
