@@ -462,9 +462,7 @@ class LLM:
         from cyclewise.engine.generation import Generation
         from cyclewise.text.answer import Answer
 
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= self.tokenizer.stop_ids
+        stop_ids = params.all_stop_ids(self.tokenizer.stop_ids)
         rest = prompt_ids[len(sequence) :]
         return _Voice(
             index,

@@ -208,6 +208,11 @@ class SamplingParams:
                 ) from None
         return params
 
+    def all_stop_ids(self, of_model: frozenset[int]) -> frozenset[int]:
+        """The tokens that end an answer, of those of the model and those that are named here."""
+        named = frozenset(self.stop_token_ids)
+        return named if self.ignore_eos else named | of_model
+
     def of_answer(self, index: int) -> SamplingParams:
         """What the answer `index` of `n` is alone: the same with a seed of its own, and n = 1."""
         seed = None if self.seed is None else (self.seed + index) % 2**64

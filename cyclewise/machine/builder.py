@@ -99,10 +99,11 @@ class Builder:
         self, *, hidden_size: int, head_dim: int, num_heads: int, num_kv_heads: int,
         num_layers: int, feed_forward: int, vocab_size: int, context_length: int,
         num_threads: int, epsilon: float, kv: CacheKind = "f16", private_bytes: int = 0,
-        adapters: Adapters | None = None,
+        adapters: Adapters | None = None, sequences: int = 1,
     ) -> None:  # fmt: skip
         """`private_bytes`: what a thread has besides, from `_own_private` on; `adapters`: what
-        tokens may have added to the matrices of attention and feed-forward.
+        tokens may have added to the matrices of attention and feed-forward; `sequences`: of the
+        whole context, for which there are pages.
         """
         self._moments: list[Moment] = []
         self._memory: list[object] = []
@@ -128,7 +129,8 @@ class Builder:
         at = private + MAX_BATCH_TOKENS * normed_stride
         self._quantized = _Buffer(at, quantized_stride, widest, True)
         self._own_private = private + -(-small // LINE) * LINE
-        self._cache = KVCache(heads, num_layers, -(-context_length // PAGE_TOKENS), kv)
+        pages = sequences * -(-context_length // PAGE_TOKENS)
+        self._cache = KVCache(heads, num_layers, pages, kv)
         self._suffix = "" if kv == "f16" else f"_{kv}"
 
     # Buffers

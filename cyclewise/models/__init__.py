@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def load_model(
     kv: str = "f16",
     adapters: Mapping[str, Path | str] | None = None,
     quantize: str | None = None,
+    sequences: int = 1,
 ) -> Model:
     """Reads a model's files, packs its weights and starts the machine.
 
@@ -71,6 +72,8 @@ def load_model(
         kv: what the KV cache holds, `f16` or `int8`.
         adapters: LoRA adapters by name: PEFT's directories or GGUF files.
         quantize: "q8_0", "q4_0" or "q4_k": what a directory's float matrices become.
+        sequences: how many of the whole context the KV cache holds at once. Memory is committed as
+            it is used.
 
     Raises:
         ModelFileError: a file is damaged or lacks something.
@@ -104,6 +107,7 @@ def load_model(
         if table is None or len(table.shape) != 2:
             raise ModelFileError(f"{path}: the embedding table token_embd.weight is missing.")
         config = read_config(source.metadata, architecture, table.shape[0], context, kind)
+        config = replace(config, sequences=sequences)
         load_kernels(t.format.name for t in source.tensors.values() if len(t.shape) == 2)
         packed = None
         if adapters:

@@ -86,6 +86,8 @@ class Config:
     """The weights of a token's experts have the sum 1."""
     kv: CacheKind = "f16"
     """What this run's KV cache holds."""
+    sequences: int = 1
+    """Of the whole context, for which the KV cache has pages."""
 
     def window(self, layer: int) -> int | None:
         """How many keys a token of that layer sees; None: all."""

@@ -35,6 +35,7 @@ class Decoder:
             "vocab_size": config.vocab_size, "context_length": config.context_length,
             "num_threads": num_threads, "epsilon": config.norm_epsilon, "kv": config.kv,
             "adapters": weights.adapters,
+            "sequences": config.sequences,
         }  # fmt: skip
         self.experts: ExpertBuilder | None = None
         if config.num_experts:

@@ -75,7 +75,7 @@ class StopStrings:
             self.found = True
             self._held = ""
             return held[: min(ends)[1]]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
+        keep = max((overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
@@ -85,7 +85,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many of the last characters of a text are the first of a stop string, but not all."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from cyclewise.engine.request import SamplingParams
     from cyclewise.text.tokenizer import Tokenizer
 
+CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
+"""Around the call of a tool: `{"name": ..., "arguments": ...}`, on a line of its own."""
+
 _LONGEST = 1 << 20  # characters of a schema, expression or grammar
 _FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
 _ESCAPES = 'nrbtf\\"'  # what may follow a backslash
@@ -70,13 +73,15 @@ class Structures:
         self._compiled: tuple[tuple[str, str] | None, Any] = (None, None)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structure")
 
-    def make(self, params: SamplingParams) -> Structure | None:
+    def make(self, params: SamplingParams, tool_calls: str | None = None) -> Structure | None:
         """The structure that the parameters ask for, at its beginning; None if they ask for none.
+
+        tool_calls  in its place: the calls that the answer may or must be made of, as JSON
 
         Raises InvalidParameterError if it is malformed, needs what is not supported, allows nothing
         or is too large.
         """
-        asked = params.structure
+        asked = params.structure if tool_calls is None else ("tool_calls", tool_calls)
         if asked is None:
             return None
         if self._compiled[0] != asked:
@@ -97,7 +102,9 @@ class Structures:
             )
         try:
             if kind == "json_schema":
-                matcher = self._compile_schema(text)
+                _, matcher = self._compile_schema(text)
+            elif kind == "tool_calls":
+                matcher = self._compile_tool_calls(json.loads(text))
             else:
                 of_text = getattr(self._library.LLMatcher, f"grammar_from_{_FORMATS[kind]}")
                 matcher = self._matcher(of_text(text))
@@ -114,13 +121,47 @@ class Structures:
             raise _refusal(kind, trial)
         return matcher
 
-    def _compile_schema(self, text: str) -> Any:
+    def _compile_tool_calls(self, wanted: dict[str, Any]) -> Any:
+        """Text, or calls of functions whose arguments obey their schemas.
+
+        functions  the schema of each one's arguments, by its name
+        required   there is no text
+        many       there may be more than one call
+        content    the schema of the text, or None
+        """
+        grammars = []
+
+        def part(name: str, schema: Any) -> str:
+            grammar, _ = self._compile_schema(json.dumps(schema))
+            grammars.append({**json.loads(grammar)["grammars"][0], "name": name})
+            return f"@{name}"
+
+        calls = [
+            json.dumps(f'{{"name": "{name}", "arguments": ') + f" {part(f'arguments_{i}', schema)}"
+            for i, (name, schema) in enumerate(wanted["functions"].items())
+        ]
+        rest = f'"\\n" ({" | ".join(calls)}) "}}\\n{CALL_ENDS}"'
+        more = f'("\\n{CALL_BEGINS}" rest)*' if wanted["many"] else ""
+        ways = [f'"{CALL_BEGINS}" rest {more}']
+        if wanted["content"] is not None and not wanted["required"]:
+            ways.append(part("content", wanted["content"]))
+        elif not wanted["required"]:
+            ways = [f"before rest {more}", "TEXT"]
+        rules = [f"start: {' | '.join(ways)}", f"rest: {rest}"]
+        if "TEXT" in ways:
+            rules += [f"before[lazy]: /(.|\\n)*{CALL_BEGINS}/", r"TEXT: /(.|\n)*/"]
+        whole = {"lark_grammar": "\n".join(rules)}
+        return self._matcher(json.dumps({"grammars": [whole, *grammars]}))
+
+    def _compile_schema(self, text: str) -> tuple[str, Any]:
+        """The grammar of a schema, and what follows it."""
         expand_one_of = False
         schema = prepare(text)
         while True:
-            matcher = self._matcher(self._of_schema(schema))
+            grammar = self._of_schema(schema)
+            matcher = self._matcher(grammar)
             if not matcher.is_error():
-                return matcher
+                return grammar, matcher
             error = str(matcher.get_error())
             hopeless = _HOPELESS.search(error)
             if hopeless and hopeless[1] in schema["$defs"]:

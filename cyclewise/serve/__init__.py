@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: HTTP in, jobs for `engine/runner.py`, HTTP out. See `app.py`."""

@@ -1,0 +1,236 @@
+"""READ FIRST. The routes of the server: each reads a request, asks the engine, and replies.
+
+    body -> limits.py -> protocol.py -> text/process.py -> service.py -> layouts.py, stream.py
+            bytes        fields         token ids          answers       JSON, events
+
+Chats and texts share everything below the reading of the request. `security.py` stands before all
+of it, `server.py` starts and ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from cyclewise.errors import CyclewiseError
+from cyclewise.serve import protocol
+from cyclewise.serve.errors import RequestError, bad, describe
+from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
+from cyclewise.serve.limits import MAX_BODY_BYTES, read_json
+from cyclewise.serve.security import Gate, Keys
+from cyclewise.serve.service import Ask, Service
+from cyclewise.serve.stream import Reply
+from cyclewise.serve.tools import tools_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import ASGIApp
+
+
+def make_app(
+    service: Service,
+    keys: Keys | None = None,
+    *,
+    local_only: bool = False,
+    cors: Sequence[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
+) -> ASGIApp:
+    """The server as an ASGI application.
+
+    local_only  refuse requests to other hosts than this computer: for a server without keys
+    cors        origins whose pages may ask
+    """
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    _Routes(service, max_body_bytes).add_to(app)
+    app.add_exception_handler(CyclewiseError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    gate: ASGIApp = Gate(app, keys or Keys(), service.metrics, local_only=local_only)
+    if not cors:
+        return gate
+    return CORSMiddleware(
+        gate,
+        allow_origins=list(cors),
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
+
+
+def _answer_error(error: RequestError) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return _answer_error(describe(error))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    what = f"{request.method[:16]} {request.url.path[:200]}"
+    message = {404: f"there is no {what}", 405: f"{what} is not allowed"}.get(
+        error.status_code, str(error.detail)
+    )
+    headers = dict(error.headers or {})
+    return _answer_error(RequestError(error.status_code, message, headers=headers))
+
+
+class _Routes:
+    def __init__(self, service: Service, max_body_bytes: int) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+
+    def add_to(self, app: FastAPI) -> None:
+        for path, route in {
+            "/v1/chat/completions": self.chat,
+            "/v1/completions": self.complete,
+            "/tokenize": self.tokenize,
+            "/detokenize": self.detokenize,
+        }.items():
+            app.add_route(path, route, methods=["POST"])
+        for path, route in {
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/metrics": self.metrics,
+        }.items():
+            app.add_route(path, route, methods=["GET"])
+
+    async def chat(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.ChatRequest)
+        tools = tools_of(asked)
+        num_logprobs = asked.num_logprobs
+        params = protocol.sampling(asked, num_logprobs)
+        offered = None if tools is None else tools.offered
+        messages = protocol.for_template(asked.messages)
+        prompt = await self._service.encode_chat(messages, offered)
+        ask = self._ask(
+            request, asked, [prompt], params, None if tools is None else tools.structure
+        )
+        layout = ChatLayout(
+            self._service, logprobs=num_logprobs is not None, tools=tools is not None
+        )
+        return await self._reply(asked, ask, layout)
+
+    async def complete(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.CompletionRequest)
+        if asked.echo and asked.logprobs is not None:
+            raise bad("the logprobs of a prompt are not to be had: leave out echo or logprobs",
+                      "echo")  # fmt: skip
+        if asked.best_of not in (None, asked.n or 1):
+            raise bad("best_of must be n: all answers are returned", "best_of")
+        params = protocol.sampling(asked, asked.logprobs)
+        prompts = [await self._prompt(prompt) for prompt in asked.prompts]
+        before = [
+            self._echo(prompt) if asked.echo else ""
+            for prompt in asked.prompts
+            for _ in range(params.n)
+        ]
+        ask = self._ask(request, asked, prompts, params)
+        layout = TextLayout(self._service, logprobs=asked.logprobs is not None, before=before)
+        return await self._reply(asked, ask, layout)
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.TokenizeRequest)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise bad("give either a prompt or messages", "prompt")
+        if asked.prompt is not None:
+            token_ids = await asyncio.wrap_future(self._service.prompts.encode(asked.prompt))
+        else:
+            assert asked.messages is not None
+            token_ids = await self._service.encode_chat(protocol.for_template(asked.messages))
+        facts = {"count": len(token_ids), "max_model_len": self._service.engine.context}
+        return JSONResponse({**facts, "tokens": token_ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        asked = await self._read(request, protocol.DetokenizeRequest)
+        self._check_ids(asked.tokens, "tokens")
+        text = await asyncio.to_thread(self._service.tokenizer.decode, asked.tokens)
+        return JSONResponse({"prompt": text})
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._service.check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    async def health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        if self._service.runner.failed:
+            raise RequestError(503, "the engine has failed", code="engine_unavailable")
+        if self._service.draining:
+            raise RequestError(503, "the server is being ended", code="engine_unavailable")
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    def _model(self) -> dict[str, Any]:
+        service = self._service
+        facts = {"id": service.name, "object": "model", "created": service.created}
+        return {**facts, "owned_by": "cyclewise", "max_model_len": service.engine.context}
+
+    async def _read(self, request: Request, kind: type[protocol.Request]) -> protocol.Request:
+        asked = protocol.read(kind, await read_json(request, self._max_body_bytes))
+        self._service.check_model(asked.model)  # type: ignore[attr-defined]
+        return asked
+
+    def _check_ids(self, token_ids: list[int], field: str) -> None:
+        if token_ids and max(token_ids) >= len(self._service.token_bytes):
+            most = len(self._service.token_bytes) - 1
+            raise bad(f"{field}: this model's token ids are from 0 to {most}", field)
+
+    async def _prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await self._service.encode(prompt)
+        self._check_ids(prompt, "prompt")
+        return prompt
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt)
+
+    def _ask(
+        self,
+        request: Request,
+        asked: protocol.Sampling,
+        prompts: list[list[int]],
+        params: Any,
+        tool_calls: str | None = None,
+    ) -> Ask:
+        fields = ("regex", "grammar")
+        field = next((each for each in fields if getattr(asked, each) is not None), None)
+        deadline = None
+        if asked.timeout is not None:
+            deadline = self._service.runner.clock() + asked.timeout
+        return Ask(
+            prompts,
+            params,
+            request.state.salt,
+            field or ("response_format" if tool_calls is None else "tools"),
+            tool_calls,
+            asked.priority or 0,
+            deadline,
+        )
+
+    async def _reply(self, asked: protocol.Sampling, ask: Ask, layout: Layout) -> Response:
+        try:
+            exchange = await self._service.begin(ask)
+        except CyclewiseError as error:
+            field = "messages" if isinstance(asked, protocol.ChatRequest) else "prompt"
+            raise (describe(error, field) if _of_prompt(error) else describe(error)) from error
+        return Reply(exchange, layout, stream=bool(asked.stream), wants_usage=asked.wants_usage)
+
+
+def _of_prompt(error: CyclewiseError) -> bool:
+    from cyclewise.errors import ContextLengthError
+
+    return isinstance(error, ContextLengthError)

@@ -1,0 +1,190 @@
+"""Answers as OpenAI writes them down: whole, or as the chunks of a stream; for chats and for texts.
+
+In: `Delta`s of `service.py`. Out: dictionaries that become JSON. One class for each route, with the
+same methods, which `stream.py` calls.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cyclewise.serve.tools import Said, ToolCalls
+
+if TYPE_CHECKING:
+    from cyclewise.engine.logprobs import Score
+    from cyclewise.serve.service import Delta, Service
+
+_LEAST = -9999.0  # OpenAI's number for what is next to impossible
+
+
+class Layout(Protocol):
+    """How an answer is written down."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What each chunk and each whole answer begins with, but for `object`."""
+
+    whole_object: str
+    chunk_object: str
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        """A whole answer."""
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        """What is said of one answer in a stream, as it comes."""
+
+
+def _head(prefix: str, model: str) -> dict[str, Any]:
+    name = f"{prefix}-{secrets.token_hex(12)}"
+    return {"id": name, "created": int(time.time()), "model": model}
+
+
+class ChatLayout:
+    """`/v1/chat/completions`"""
+
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, service: Service, *, logprobs: bool, tools: bool) -> None:
+        """logprobs  wanted
+        tools     whether answers may be calls
+        """
+        self.head = _head("chatcmpl", service.name)
+        self._service = service
+        self._logprobs = logprobs
+        self._tools = tools
+        self._calls: dict[int, ToolCalls] = {}  # of each answer that has begun
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        said = self._read(delta)
+        text = "".join(each.text for each in said)
+        calls: list[dict[str, Any]] = []
+        for each in said:
+            if each.name is not None:
+                calls.append(self._call(delta.index, each))
+            elif each.call is not None:
+                calls[each.call]["function"]["arguments"] += each.arguments
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            for call in calls:
+                del call["index"]
+            message.update(content=text or None, tool_calls=calls)
+        return self._choice(delta, "message", message, self._reason(delta))
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        chunks = []
+        if delta.index not in self._calls:
+            start = {"role": "assistant", "content": "", "refusal": None}
+            chunks.append(self._choice(None, "delta", start, index=delta.index))
+        pieces: list[dict[str, Any]] = []
+        for said in self._read(delta):
+            if said.call is None:
+                pieces.append({"content": said.text})
+            else:
+                pieces.append({"tool_calls": [self._call(delta.index, said)]})
+        if not pieces and delta.scores:
+            pieces.append({"content": ""})
+        for i, piece in enumerate(pieces):  # all scores stand beside the first
+            chunks.append(self._choice(None if i else delta, "delta", piece, index=delta.index))
+        if delta.finish_reason is not None:
+            chunks.append(self._choice(None, "delta", {}, self._reason(delta), index=delta.index))
+        return chunks
+
+    def _read(self, delta: Delta) -> list[Said]:
+        calls = self._calls.setdefault(delta.index, ToolCalls())
+        if not self._tools:
+            return [Said(delta.text)] if delta.text else []
+        said = calls.push(delta.text)
+        return said + calls.end() if delta.finish_reason is not None else said
+
+    def _reason(self, delta: Delta) -> str | None:
+        called = self._calls[delta.index].num_calls and delta.finish_reason == "stop"
+        return "tool_calls" if called else delta.finish_reason
+
+    def _call(self, index: int, said: Said) -> dict[str, Any]:
+        """Some of a call, as a chunk has it."""
+        assert said.call is not None
+        if said.name is None:
+            return {"index": said.call, "function": {"arguments": said.arguments}}
+        return {
+            "index": said.call,
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {"name": said.name, "arguments": said.arguments},
+        }
+
+    def _choice(
+        self,
+        delta: Delta | None,
+        name: str,
+        value: dict[str, Any],
+        reason: str | None = None,
+        index: int | None = None,
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self._logprobs and delta is not None:
+            content = [self._token(score) for score in delta.scores]
+            logprobs = {"content": content, "refusal": None}
+        place = delta.index if delta is not None else index
+        return {"index": place, name: value, "logprobs": logprobs, "finish_reason": reason}
+
+    def _token(self, score: Score) -> dict[str, Any]:
+        top = [self._one(token_id, value) for token_id, value in score.top]
+        return {**self._one(score.token_id, score.logprob), "top_logprobs": top}
+
+    def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
+        piece = self._service.token_bytes[token_id].removeprefix(b"\xff")
+        text = self._service.tokenizer.show(token_id)
+        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(piece)}
+
+
+class TextLayout:
+    """`/v1/completions`"""
+
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, service: Service, *, logprobs: bool, before: list[str]) -> None:
+        """logprobs  wanted
+        before    what each answer begins with: its prompt, or nothing
+        """
+        self.head = _head("cmpl", service.name)
+        self._service = service
+        self._logprobs = logprobs
+        self._before = before
+        self._offsets: dict[int, int] = {}  # where the next token of an answer begins
+
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        before = ""
+        if delta.index not in self._offsets:
+            before = self._before[delta.index]
+            self._offsets[delta.index] = len(before)
+        logprobs = self._tokens(delta) if self._logprobs else None
+        return {
+            "index": delta.index,
+            "text": before + delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+        if not (delta.text or delta.scores or delta.finish_reason):
+            return []
+        return [self.choice(delta)]
+
+    def _tokens(self, delta: Delta) -> dict[str, Any]:
+        show = self._service.tokenizer.show
+        tokens, offsets = [show(score.token_id) for score in delta.scores], []
+        for token in tokens:
+            offsets.append(self._offsets[delta.index])
+            self._offsets[delta.index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [max(score.logprob, _LEAST) for score in delta.scores],
+            "top_logprobs": [
+                {show(token_id): max(value, _LEAST) for token_id, value in reversed(score.top)}
+                for score in delta.scores
+            ],
+            "text_offset": offsets,
+        }

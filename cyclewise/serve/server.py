@@ -1,0 +1,173 @@
+"""The server's life: a socket, a model, uvicorn, and the end.
+
+Called by `cyclewise serve`. The address is taken before the model is loaded, so that one that is
+taken is known at once. SIGTERM and Ctrl-C end it: nothing new is taken on, what runs may end within
+`drain` seconds, and the process exits with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclewise.errors import CyclewiseError, InvalidParameterError
+
+if TYPE_CHECKING:
+    from cyclewise.models import Model
+    from cyclewise.serve.service import Service
+
+SEQUENCES = 8
+"""Requests of the whole context that the KV cache holds at once."""
+_HEADER_BYTES = 64 << 10  # beyond which a connection is closed
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What one may choose of a server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any that is free
+    api_key_file: Path | None = None
+    insecure: bool = False  # a public address without keys
+    cors: Sequence[str] = ()
+    name: str | None = None  # of the model; None: as it was asked for
+    context: int | None = None  # most tokens of a request; None: the model's own, at most 4096
+    sequences: int = SEQUENCES
+    threads: int | None = None
+    drain: float = 30.0  # seconds
+
+
+def serve(model: str, settings: Settings) -> None:
+    """Load a model and answer until a signal ends it.
+
+    Raises CyclewiseError if it cannot begin, OSError if the address cannot be had.
+    """
+    try:
+        from cyclewise.serve.security import Keys, check_address
+    except ImportError as error:
+        raise CyclewiseError(
+            f"serving needs packages that are not installed ({error.name}): "
+            f"pip install 'cyclewise[serve]'"
+        ) from None
+    path = settings.api_key_file
+    keys = Keys() if path is None else Keys.from_file(path)
+    check_address(settings.host, keys, settings.insecure)
+    with closing(_socket(settings.host, settings.port)) as listener:
+        service = load(model, settings)
+        try:
+            _run(service, settings, keys, listener)
+        finally:
+            service.close()
+
+
+def load(model: str, settings: Settings) -> Service:
+    """Load a model, and start the engine's thread and the process that reads prompts."""
+    from cyclewise.models import load_model
+    from cyclewise.weights.sources import resolve
+
+    path = resolve(model)
+    loaded = load_model(
+        path, context=settings.context, threads=settings.threads, sequences=settings.sequences
+    )
+    try:
+        return _service(settings.name or _name(model), loaded)
+    except BaseException:
+        loaded.close()
+        raise
+
+
+def _service(name: str, loaded: Model) -> Service:
+    from cyclewise.engine.engine import Engine
+    from cyclewise.serve.service import Service
+    from cyclewise.text.process import TextProcess
+    from cyclewise.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_metadata(loaded.metadata)
+    template = loaded.metadata.get("tokenizer.chat_template")
+    prompts = TextProcess(loaded.path)
+    try:
+        return Service(
+            name, Engine(loaded), tokenizer, prompts,
+            template=template if isinstance(template, str) else None, on_close=loaded.close,
+        )  # fmt: skip
+    except BaseException:
+        prompts.close()
+        raise
+
+
+def _name(model: str) -> str:
+    """What requests call a model: as it was asked for, or a file's name."""
+    path = Path(model)
+    return path.name.removesuffix(".gguf") if path.exists() else model
+
+
+def _socket(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise InvalidParameterError(f"cannot listen at {host} port {port}: {error}") from None
+    return listener
+
+
+def _run(service: Service, settings: Settings, keys: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    from cyclewise.serve.app import make_app
+    from cyclewise.serve.security import Keys, is_loopback
+
+    assert isinstance(keys, Keys)
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    local_only = is_loopback(settings.host) and not keys
+    app = make_app(service, keys, local_only=local_only, cors=settings.cors)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=max(1, round(settings.drain)),
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"serving {service.name} at http://{shown}:{port}/v1", flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.draining = True
+            await super().shutdown(sockets)
+
+    # uvicorn raises the signal that ended it once more, for whoever handled it before
+    before = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(Server(config).serve([listener]))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """A handler that does nothing."""

@@ -1,0 +1,333 @@
+"""What all routes share: a loaded model, the engine's thread, and the way from prompts to answers.
+
+A route hands in an `Ask`, with token ids. `Service.begin` makes jobs of it for `engine/runner.py`,
+whose events come back into the event loop through a queue; an `Exchange` gives out what is certain
+of each answer (`Delta`), and `layouts.py` writes that down as OpenAI does. Nothing here that takes
+long runs in the event loop: prompts are read by `text/process.py`, structures made on a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from cyclewise.engine.job import Event, Job
+from cyclewise.engine.runner import Runner
+from cyclewise.errors import ContextLengthError, CyclewiseError, OverloadedError
+from cyclewise.serve.errors import bad, describe
+from cyclewise.serve.metrics import Metrics
+from cyclewise.text.answer import Answer
+
+if TYPE_CHECKING:
+    from cyclewise.engine.engine import Engine
+    from cyclewise.engine.logprobs import Score
+    from cyclewise.engine.request import SamplingParams
+    from cyclewise.engine.scheduler import Limits
+    from cyclewise.text.structure import Structure, Structures
+    from cyclewise.text.tokenizer import Tokenizer
+
+MAX_ANSWERS = 128
+"""Of all prompts of a request together."""
+_MAX_MAKING = 16  # structures that wait to be made
+
+
+class Prompts(Protocol):
+    """Who makes token ids of prompts: `text/process.py`."""
+
+    def encode(self, text: str) -> Future[list[int]]: ...
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> Future[list[int]]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request wants of the engine."""
+
+    prompts: list[list[int]]
+    params: SamplingParams  # `n` answers to each prompt
+    salt: bytes
+    structure_field: str = "response_format"  # of the request: what a structure came from
+    tool_calls: str | None = None  # see `Structures.make`
+    priority: int = 0
+    deadline: float | None = None  # by the runner's clock
+
+
+@dataclass(slots=True)
+class Delta:
+    """What an answer has gained; the last one of an answer has a reason."""
+
+    index: int  # of the answer; those to the first prompt come first
+    text: str = ""
+    scores: list[Score] = field(default_factory=list)
+    finish_reason: str | None = None  # "stop" or "length"
+
+
+class Service:
+    """A model that is being served."""
+
+    def __init__(
+        self,
+        name: str,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompts: Prompts,
+        *,
+        template: str | None,
+        limits: Limits | None = None,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        """name      of the model, as requests must say it
+        template  the model's chat template, where its file has one
+        on_close  called at the end, when nothing runs any more
+        """
+        self.name = name
+        self.created = int(time.time())
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.template = template
+        self.draining = False
+        self.runner = Runner(engine, limits)
+        self.metrics = Metrics(self.runner.numbers)
+        self.token_bytes = tokenizer.all_bytes()
+        self._structures: Structures | None = None
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structures")
+        self._num_making = 0
+        self._on_close = on_close
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """End the engine's thread, when all is answered or the time is over; then all else."""
+        self.runner.close(drain_seconds)
+        self._maker.shutdown(cancel_futures=True)
+        if self._structures is not None:
+            self._structures.close()
+        self.prompts.close()
+        if self._on_close is not None:
+            self._on_close()
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError unless the model is the one that is served."""
+        if name is not None and name != self.name:
+            from cyclewise.serve.errors import RequestError
+
+            raise RequestError(
+                404,
+                f"there is no model {name[:200]!r} here, but {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str) -> list[int]:
+        """The token ids of a text to continue."""
+        token_ids = await asyncio.wrap_future(self.prompts.encode(text))
+        if not token_ids:
+            if self.tokenizer.bos_id is None:
+                raise bad("the prompt is empty, and this model has no token that begins a text",
+                          "prompt")  # fmt: skip
+            token_ids = [self.tokenizer.bos_id]
+        return token_ids
+
+    async def encode_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The token ids of a chat, written down with the model's own template."""
+        if tools is not None and "<tool_call>" not in (self.template or ""):
+            raise bad("this model's chat template does not tell it how to call a tool", "tools")
+        variables = {} if tools is None else {"tools": tools}
+        return await asyncio.wrap_future(self.prompts.encode_chat(messages, **variables))
+
+    async def begin(self, ask: Ask) -> Exchange:
+        """Let the engine answer. The caller closes what is returned, whatever happens.
+
+        Raises RequestError, or an error of the engine's, if it is not taken on.
+        """
+        if len(ask.prompts) * ask.params.n > MAX_ANSWERS:
+            raise bad(f"{MAX_ANSWERS} are the most answers of a request", "n")
+        self._check_length(ask)
+        structures = await self._make_structures(ask)
+        exchange = Exchange(self, ask, structures)
+        try:
+            exchange.submit()
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
+
+    def _check_length(self, ask: Ask) -> None:
+        longest = max(map(len, ask.prompts))
+        wanted = ask.params.max_tokens
+        if longest + (wanted or 1) > self.engine.context:
+            answer = "" if wanted is None else f" and {wanted} of the answer"
+            raise ContextLengthError(
+                f"this model's context holds {self.engine.context} tokens; you asked for {longest} "
+                f"tokens of the prompt{answer or ', which leave no room for an answer'}"
+            )
+
+    async def _make_structures(self, ask: Ask) -> list[list[Structure]]:
+        """Of each answer to each prompt; empty lists where there are none."""
+        if ask.tool_calls is None and ask.params.structure is None:
+            return [[] for _ in ask.prompts]
+        if self._num_making >= _MAX_MAKING:
+            raise OverloadedError(f"{_MAX_MAKING} structures wait to be made", 1.0)
+        self._num_making += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._maker, self._make, ask)
+        except CyclewiseError as error:
+            raise describe(error, ask.structure_field) from error
+        finally:
+            self._num_making -= 1
+
+    def _make(self, ask: Ask) -> list[list[Structure]]:
+        if self._structures is None:
+            from cyclewise.text.structure import Structures
+
+            self._structures = Structures(self.tokenizer, self.engine.vocab_size)
+        make, made = self._structures.make, []
+        for _ in ask.prompts:
+            each = [make(ask.params, ask.tool_calls) for _ in range(ask.params.n)]
+            made.append([structure for structure in each if structure is not None])
+        return made
+
+
+class Exchange:
+    """The answers of a request, while they come."""
+
+    def __init__(self, service: Service, ask: Ask, structures: list[list[Structure]]) -> None:
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        stop_ids = ask.params.all_stop_ids(service.tokenizer.stop_ids)
+        self._jobs = {
+            Job(
+                prompt_ids, ask.params, stop_ids, each, ask.salt, ask.priority, ask.deadline
+            ): number * ask.params.n
+            for number, (prompt_ids, each) in enumerate(zip(ask.prompts, structures, strict=True))
+        }
+        self._answers: dict[int, Answer] = {}
+        for job, first in self._jobs.items():
+            for index in range(ask.params.n):
+                detokenizer = service.tokenizer.stream(job.prompt_ids, exact=bool(job.structures))
+                self._answers[first + index] = Answer(detokenizer, ask.params.stop)
+        self._open = dict.fromkeys(self._answers)  # that have not ended
+        self._running: dict[Job, None] = {}  # that the engine has, as far as is known here
+        self._last_times: dict[int, float] = {}  # when an answer got its last tokens
+        self._end_time = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more is to come."""
+        return bool(self._open)
+
+    def submit(self) -> None:
+        """Hand the jobs to the engine."""
+        for job in self._jobs:
+            self._service.runner.submit(job, self._listen)
+            self._running[job] = None
+
+    def close(self) -> None:
+        """What has not ended is wanted no more: its pages are free within a step."""
+        for job in self._running:
+            self._service.runner.cancel(job)
+        self._running.clear()
+        self._open.clear()
+
+    async def next(self, seconds: float) -> Delta | None:
+        """What comes next; None if nothing does in this time. Raises what has ended an answer."""
+        try:
+            event = await asyncio.wait_for(self._events.get(), seconds)
+        except TimeoutError:
+            return None
+        return self._read(event)
+
+    async def rest(self) -> list[Delta]:
+        """All that comes, each answer in one piece."""
+        whole = [Delta(index) for index in self._answers]
+        while self.is_open:
+            delta = await self.next(3600)
+            if delta is not None:
+                one = whole[delta.index]
+                one.text += delta.text
+                one.scores += delta.scores
+                one.finish_reason = delta.finish_reason
+        return whole
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
+        prompt = sum(len(job.prompt_ids) for job in self._jobs)
+        answers = sum(len(answer.token_ids) for answer in self._answers.values())
+        cached = sum(job.reused_tokens for job in self._jobs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answers,
+            "total_tokens": prompt + answers,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds that a finished exchange has waited, read its prompts, and decoded."""
+        times = [job.times for job in self._jobs]
+        queued = min(each.queued or 0.0 for each in times)
+        started = min(each.started or queued for each in times)
+        first = min(each.first_token or started for each in times)
+        return {
+            "queue": round(started - queued, 6),
+            "prefill": round(first - started, 6),
+            "decode": round(max(self._end_time - first, 0.0), 6),
+        }
+
+    def _listen(self, event: Event) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _read(self, event: Event) -> Delta | None:
+        index = self._jobs[event.job] + event.index
+        if index not in self._open:  # a stop string has ended it, or nobody wants it
+            return None
+        if event.error is not None:
+            raise event.error
+        answer = self._answers[index]
+        num_before = len(answer.token_ids)
+        text = answer.push(event.token_ids)
+        self._measure(event, index)
+        reason: str | None = event.finish_reason
+        if answer.stopped:
+            reason = "stop"
+            if not event.is_last:
+                self._service.runner.cancel(event.job, event.index)
+        if reason is not None:
+            text += answer.end()
+            self._end(event, index)
+        scores = event.scores[: len(answer.token_ids) - num_before]
+        return Delta(index, text, scores, reason)
+
+    def _end(self, event: Event, index: int) -> None:
+        del self._open[index]
+        self._end_time = event.time
+        queued = event.job.times.queued
+        if queued is not None:
+            self._service.metrics.answer.observe(event.time - queued)
+        first = self._jobs[event.job]
+        if not any(first <= other < first + event.job.params.n for other in self._open):
+            self._running.pop(event.job, None)
+
+    def _measure(self, event: Event, index: int) -> None:
+        if not event.token_ids:
+            return
+        metrics, before = self._service.metrics, self._last_times.get(index)
+        queued = event.job.times.queued
+        if before is not None:
+            metrics.between_tokens.observe(event.time - before)
+        elif queued is not None:
+            metrics.first_token.observe(event.time - queued)
+        self._last_times[index] = event.time

@@ -1,0 +1,105 @@
+"""A server around a toy: what its parts are, and a client in the same process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import Future
+
+import httpx
+
+from cyclewise.engine.engine import Engine
+from cyclewise.serve.app import make_app
+from cyclewise.serve.service import Service
+from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer
+
+TEMPLATE = "... <tool_call> ..."
+
+
+class InlinePrompts:
+    """Reads prompts at once, in this process."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.asked = []
+        self.error = None
+
+    def encode(self, text):
+        return self._done(self.tokenizer.encode(text))
+
+    def encode_chat(self, messages, **variables):
+        self.asked.append((messages, variables))
+        return self._done(self.tokenizer.encode_chat(ToyTemplate().render(messages)))
+
+    def _done(self, token_ids):
+        if self.error is not None:
+            raise self.error
+        future = Future()
+        future.set_result(token_ids)
+        return future
+
+    def close(self):
+        pass
+
+
+class Toy:
+    """A service around a toy model, and requests to it."""
+
+    def __init__(self, *, keys=None, limits=None, template=TEMPLATE, app=None, **values):
+        self.model = ToyModel(**{"context": 256, "spare_pages": 128, **values})
+        self.tokenizer = ToyTokenizer()
+        self.prompts = InlinePrompts(self.tokenizer)
+        self.service = Service(
+            "toy", Engine(self.model), self.tokenizer, self.prompts,
+            template=template, limits=limits,
+        )  # fmt: skip
+        self.app = make_app(self.service, keys, **(app or {}))
+
+    def request(self, method, path, body=None, *, headers=None, content=None):
+        async def ask():
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
+                given = {} if body is None else {"json": body}
+                if content is not None:
+                    given = {"content": content}
+                    headers_ = {"content-type": "application/json", **(headers or {})}
+                else:
+                    headers_ = headers
+                return await client.request(method, path, headers=headers_, **given)
+
+        return asyncio.run(ask())
+
+    def post(self, path, **fields):
+        return self.request("POST", path, {"model": "toy", **fields})
+
+    def chat(self, text="hi", **fields):
+        fields.setdefault("messages", [{"role": "user", "content": text}])
+        return self.post("/v1/chat/completions", **fields)
+
+    def complete(self, prompt="hi", **fields):
+        return self.post("/v1/completions", prompt=prompt, **fields)
+
+    def close(self):
+        self.service.close()
+
+
+def events(answer):
+    """The chunks of a stream that has come to its end."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in answer.text.split("\n\n") if line and not line.startswith(":")]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def error_of(answer, status):
+    """The error of an answer, of OpenAI's form."""
+    assert answer.status_code == status, answer.text
+    assert list(answer.json()) == ["error"]
+    error = answer.json()["error"]
+    assert list(error) == ["message", "type", "param", "code"]
+    assert isinstance(error["message"], str) and error["message"]
+    assert answer.headers["x-request-id"]
+    return error
