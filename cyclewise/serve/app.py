@@ -49,6 +49,7 @@ def make_app(
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _Routes(service, max_body_bytes).add_to(app)
     app.add_exception_handler(CyclewiseError, _on_error)
+    app.add_exception_handler(Exception, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     gate: ASGIApp = Gate(app, keys or Keys(), service.metrics, local_only=local_only)
     if not cors:

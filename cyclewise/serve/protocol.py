@@ -229,12 +229,9 @@ class CompletionRequest(Sampling):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS),
-        ]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -255,6 +252,8 @@ class CompletionRequest(Sampling):
                 return [self.prompt]
             case [int(), *_]:
                 return [self.prompt]  # type: ignore[list-item]
+            case _ if len(self.prompt) > MAX_PROMPTS:
+                raise bad(f"{MAX_PROMPTS} are the most prompts of a request", "prompt")
             case _:
                 return self.prompt  # type: ignore[return-value]
 
@@ -284,8 +283,9 @@ def read(kind: type[Request], body: Mapping[str, Any]) -> Request:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-    path = _path(body, first["loc"])
+        found = error.errors(include_url=False, include_context=False)
+    # of the kinds that a field may be of, the one that was meant goes wrong furthest inside
+    path, first = max(((_path(body, each["loc"]), each) for each in found), key=_depth)
     place = name(path)
     if first["type"] == "extra_forbidden":
         known = [field.alias or key for key, field in kind.model_fields.items()]
@@ -308,6 +308,10 @@ def _path(body: Any, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
                 continue
         path.append(key)
     return tuple(path)
+
+
+def _depth(found: tuple[tuple[int | str, ...], Any]) -> int:
+    return len(found[0])
 
 
 def sampling(request: ChatRequest | CompletionRequest, num_logprobs: int | None) -> SamplingParams:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cyclewise.engine.request import check_integer, check_number
 from cyclewise.errors import CyclewiseError, InvalidParameterError
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def serve(model: str, settings: Settings) -> None:
             f"serving needs packages that are not installed ({error.name}): "
             f"pip install 'cyclewise[serve]'"
         ) from None
+    check_integer("port", settings.port, 0, 65535, "0: any that is free")
+    check_integer("parallel", settings.sequences, 1, 4096, "requests of the whole context")
+    check_number("drain", settings.drain, 0, 86400, "seconds")
     path = settings.api_key_file
     keys = Keys() if path is None else Keys.from_file(path)
     check_address(settings.host, keys, settings.insecure)
@@ -141,7 +145,7 @@ def _run(service: Service, settings: Settings, keys: object, listener: socket.so
         ws="none",
         lifespan="off",
         log_config=None,
-        log_level="warning",
+        log_level="error",  # what no client can bring about
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -145,7 +146,14 @@ def make_tensors(tiny: Tiny) -> dict[str, Tensor]:
     return tensors
 
 
-def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor], *, part: int = 0) -> None:
+def write_file(
+    path: Path,
+    tiny: Tiny,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any] | None = None,
+    *,
+    part: int = 0,
+) -> None:
     """`part`: most tensors of one file; 0: there is one. Otherwise the model lies in `path`'s name
     with -00001-of-0000N and so on.
     """
@@ -158,6 +166,8 @@ def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor], *, part: int 
     writer.add_head_count_kv(tiny.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(tiny.rope_base)
+    for name, value in (metadata or {}).items():
+        add_metadata(writer, name, value)
     if tiny.rope_dim is not None:
         writer.add_rope_dimension_count(tiny.rope_dim)
     if tiny.head_dim * tiny.heads != tiny.hidden:
@@ -180,6 +190,15 @@ def write_file(path: Path, tiny: Tiny, tensors: dict[str, Tensor], *, part: int 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_metadata(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    if isinstance(value, str):
+        writer.add_string(name, value)
+    elif isinstance(value, int):
+        writer.add_uint32(name, value)
+    else:
+        writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
 
 
 def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.engine.toy import scripted
-from tests.serve.toys import events, error_of
+from tests.serve.toys import error_of, events
 
 CHAT = len("u:hi<end>a:") - len("<end>") + 1
 TEXT = 1 + len("hi")
@@ -119,7 +119,7 @@ def test_logprobs_of_a_text(make):
     assert all(value > -0.001 for value in want["token_logprobs"])
     chunks = events(toy.complete(temperature=0, logprobs=1, stream=True))
     offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
-    assert sum(offsets, []) == [0, 1, 2]
+    assert [offset for each in offsets for offset in each] == [0, 1, 2]
 
 
 def test_extra_fields_and_openais_defaults(make):
@@ -171,9 +171,11 @@ def test_developers_and_parts(make):
         max_tokens=1,
         messages=[
             {"role": "developer", "content": "be brief"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": [
+                {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "assistant", "content": None, "refusal": None, "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+                {"id": "1", "type": "function",
+                 "function": {"name": "f", "arguments": '{"a": 1}'}}]},
             {"role": "tool", "tool_call_id": "1", "content": "42"},
         ],
     )  # fmt: skip

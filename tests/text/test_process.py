@@ -4,13 +4,13 @@ import os
 import signal
 
 import gguf
-import numpy as np
 import pytest
 
 from cyclewise.errors import CyclewiseError, EngineError, OverloadedError, TemplateError
 from cyclewise.text.chat import ChatTemplate
 from cyclewise.text.process import TextProcess
 from cyclewise.text.tokenizer import Tokenizer
+from tests.models.tiny import add_metadata
 from tests.text.vocabularies import byte_level
 
 WAIT = 60.0  # seconds until a test is taken for hung
@@ -25,12 +25,7 @@ def write(path, template):
     metadata = byte_level(eos_token_id=2)
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in metadata.items():
-        if isinstance(value, str):
-            writer.add_string(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        else:
-            writer.add_array(name, value.tolist() if isinstance(value, np.ndarray) else value)
+        add_metadata(writer, name, value)
     if template:
         metadata["tokenizer.chat_template"] = template
         writer.add_string("tokenizer.chat_template", template)
