@@ -39,6 +39,29 @@ class StreamOptions(Fields):
     include_obfuscation: Literal[False] | None = None
 
 
+class JsonSchema(Fields):
+    name: str = Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Fields):
+    type: Literal["text"]
+
+
+class JsonFormat(Fields):
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Fields):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+
+
 class Sampling(Fields):
     """What requests for text have in common."""
 
@@ -54,6 +77,7 @@ class Sampling(Fields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     max_tokens: Count | None = None
+    response_format: Format | None = None
 
     # taken, and without effect
     user: str | None = None
@@ -80,28 +104,18 @@ class Sampling(Fields):
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-
-class JsonSchema(Fields):
-    name: str = Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")
-    description: str | None = None
-    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class TextFormat(Fields):
-    type: Literal["text"]
-
-
-class JsonFormat(Fields):
-    type: Literal["json_object"]
-
-
-class SchemaFormat(Fields):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
+    @property
+    def schema_text(self) -> str | None:
+        """The schema of the answer."""
+        match self.response_format:
+            case JsonFormat():
+                return '{"type": "object"}'
+            case SchemaFormat(json_schema=wanted):
+                if wanted.json_schema is None:
+                    raise bad("the schema is missing", "response_format.json_schema.schema")
+                return json.dumps(wanted.json_schema)
+            case _:
+                return None
 
 
 class Function(Fields):
@@ -187,7 +201,6 @@ class ChatRequest(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: Format | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -210,19 +223,6 @@ class ChatRequest(Sampling):
             return None
         return self.top_logprobs or 0
 
-    @property
-    def schema_text(self) -> str | None:
-        """The schema of the answer."""
-        match self.response_format:
-            case JsonFormat():
-                return '{"type": "object"}'
-            case SchemaFormat(json_schema=wanted):
-                if wanted.json_schema is None:
-                    raise bad("the schema is missing", "response_format.json_schema.schema")
-                return json.dumps(wanted.json_schema)
-            case _:
-                return None
-
 
 class CompletionRequest(Sampling):
     """`POST /v1/completions`"""
@@ -237,7 +237,6 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     suffix: Literal[""] | None = None
-    response_format: Format | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -247,17 +246,12 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         """One or more, each a text or token ids."""
-        match self.prompt:
-            case str():
-                return [self.prompt]
-            case [int(), *_]:
-                return [self.prompt]  # type: ignore[list-item]
-            case _ if len(self.prompt) > MAX_PROMPTS:
-                raise bad(f"{MAX_PROMPTS} are the most prompts of a request", "prompt")
-            case _:
-                return self.prompt  # type: ignore[return-value]
-
-    schema_text = ChatRequest.schema_text
+        prompts: list[Any] = self.prompt if isinstance(self.prompt, list) else [self.prompt]
+        if isinstance(prompts[0], int):
+            prompts = [prompts]
+        if len(prompts) > MAX_PROMPTS:
+            raise bad(f"{MAX_PROMPTS} are the most prompts of a request", "prompt")
+        return prompts
 
 
 class TokenizeRequest(Fields):
