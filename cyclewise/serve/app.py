@@ -108,14 +108,11 @@ class _Routes:
         tools = tools_of(asked)
         num_logprobs = asked.num_logprobs
         params = protocol.sampling(asked, num_logprobs)
-        offered = None if tools is None else tools.offered
         messages = protocol.for_template(asked.messages)
-        prompt = await self._service.encode_chat(messages, offered)
-        ask = self._ask(
-            request, asked, [prompt], params, None if tools is None else tools.structure
-        )
+        prompt = await self._service.encode_chat(messages, tools.offered if tools else None)
+        ask = self._ask(request, asked, [prompt], params, tools.structure if tools else None)
         layout = ChatLayout(
-            self._service, logprobs=num_logprobs is not None, tools=tools is not None
+            self._service, logprobs=num_logprobs is not None, tools=tools.names if tools else ()
         )
         return await self._reply(asked, ask, layout)
 

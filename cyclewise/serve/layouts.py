@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cyclewise.serve.tools import Said, ToolCalls
@@ -47,9 +48,9 @@ class ChatLayout:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, service: Service, *, logprobs: bool, tools: bool) -> None:
+    def __init__(self, service: Service, *, logprobs: bool, tools: Sequence[str]) -> None:
         """logprobs  wanted
-        tools     whether answers may be calls
+        tools     what an answer may call
         """
         self.head = _head("chatcmpl", service.name)
         self._service = service
@@ -93,7 +94,7 @@ class ChatLayout:
         return chunks
 
     def _read(self, delta: Delta) -> list[Said]:
-        calls = self._calls.setdefault(delta.index, ToolCalls())
+        calls = self._calls.setdefault(delta.index, ToolCalls(self._tools))
         if not self._tools:
             return [Said(delta.text)] if delta.text else []
         said = calls.push(delta.text)

@@ -20,7 +20,9 @@ from cyclewise.engine.runner import Runner
 from cyclewise.errors import ContextLengthError, CyclewiseError, OverloadedError
 from cyclewise.serve.errors import bad, describe
 from cyclewise.serve.metrics import Metrics
+from cyclewise.serve.tools import in_words
 from cyclewise.text.answer import Answer
+from cyclewise.text.structure import CALL_BEGINS
 
 if TYPE_CHECKING:
     from cyclewise.engine.engine import Engine
@@ -139,9 +141,10 @@ class Service:
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """The token ids of a chat, written down with the model's own template."""
-        if tools is not None and "<tool_call>" not in (self.template or ""):
-            raise bad("this model's chat template does not tell it how to call a tool", "tools")
-        variables = {} if tools is None else {"tools": tools}
+        if CALL_BEGINS in (self.template or ""):
+            variables = {} if tools is None else {"tools": tools}
+        else:
+            messages, variables = in_words(messages, tools), {}
         return await asyncio.wrap_future(self.prompts.encode_chat(messages, **variables))
 
     async def begin(self, ask: Ask) -> Exchange:

@@ -1,27 +1,45 @@
 """Tools: what a model may call, and what it has called.
 
-A model's own template tells it of the tools. What it answers is held to the form that Qwen's and
+A model's own template tells it of the tools, or a system message where the template knows of none
+(`in_words`). What it answers is held to the form that Qwen's and
 Hermes' templates teach, text or calls, with arguments that obey the tool's schema (`structure.py`);
 `ToolCalls` reads it again as it comes.
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Paris"}}
     </tool_call>
+
+Small models forget the lines around it. An answer that begins like the line between is a call too.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cyclewise.serve.errors import bad
 from cyclewise.serve.protocol import ChatRequest, NamedTool
 from cyclewise.text.answer import overlap
-from cyclewise.text.structure import CALL_BEGINS, CALL_ENDS
+from cyclewise.text.structure import CALL_BEGINS, CALL_ENDS, call_head
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_INSTRUCTIONS = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
 _HEAD = re.compile(r'\s*\{"name": "([^"]*)", "arguments": ')
 
 
@@ -30,7 +48,8 @@ class Tools:
     """What a request says of tools."""
 
     offered: list[dict[str, Any]]  # as a template reads them
-    structure: str  # what the answer must be: see `Structures.compile`
+    structure: str  # what the answer must be: see `Structures.make`
+    names: list[str]  # that may be called
 
 
 def tools_of(request: ChatRequest) -> Tools | None:
@@ -64,7 +83,29 @@ def tools_of(request: ChatRequest) -> Tools | None:
         "content": None if schema_text is None else json.loads(schema_text),
     }
     offered = [tool.model_dump(exclude_none=True) for tool in tools]
-    return Tools(offered, json.dumps(structure))
+    return Tools(offered, json.dumps(structure), list(functions))
+
+
+def in_words(
+    messages: Sequence[dict[str, Any]], offered: Sequence[dict[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """Messages for a template that knows nothing of tools: what they are, what was called and what
+    came of it stands in the texts, in Qwen's words.
+    """
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        for call in message.get("tool_calls", ()):
+            content += f"\n{CALL_BEGINS}\n{json.dumps(call['function'])}\n{CALL_ENDS}"
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+        plain.append({"role": role, "content": content.removeprefix("\n")})
+    if offered is not None:
+        told = _INSTRUCTIONS.format("\n".join(map(json.dumps, offered)))
+        if plain[0]["role"] == "system":
+            told = f"{plain.pop(0)['content']}\n\n{told}"
+        plain.insert(0, {"role": "system", "content": told})
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +121,11 @@ class Said:
 class ToolCalls:
     """Finds calls in an answer that keeps to the form, as it comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        """names  of what may be called"""
         self.num_calls = 0
-        self._place = "text"
+        self._heads = [call_head(name) for name in names]
+        self._place = "start"
         self._held = ""
         self._depth = 0
         self._in_string = self._escaped = False
@@ -103,7 +146,14 @@ class ToolCalls:
     def end(self) -> list[Said]:
         """No more comes: what was held back of the text."""
         held, self._held = self._held, ""
-        return [Said(held)] if held and self._place == "text" and not self.num_calls else []
+        is_text = self._place in ("start", "text") and not self.num_calls
+        return [Said(held)] if held and is_text else []
+
+    def _start(self) -> None:
+        if any(self._held.startswith(head) for head in self._heads):
+            self._place = "head"
+        elif not any(head.startswith(self._held) for head in self._heads):
+            self._place = "text"
 
     def _text(self) -> Said | None:
         text, begin, rest = self._held.partition(CALL_BEGINS)

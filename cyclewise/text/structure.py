@@ -46,6 +46,11 @@ _WHITE_SPACE = r"( |\r?\n[ \t]{0,40})"
 small models go on with it."""
 
 
+def call_head(name: str) -> str:
+    """How the call of a function is written up to its arguments."""
+    return f'{{"name": "{name}", "arguments": '
+
+
 class Structures:
     """Makes structures for one model's vocabulary; keeps what the last one was compiled to."""
 
@@ -136,9 +141,13 @@ class Structures:
             grammars.append({**json.loads(grammar)["grammars"][0], "name": name})
             return f"@{name}"
 
+        names = list(wanted["functions"])
+        arguments = [
+            part(f"arguments_{i}", schema) for i, schema in enumerate(wanted["functions"].values())
+        ]
         calls = [
-            json.dumps(f'{{"name": "{name}", "arguments": ') + f" {part(f'arguments_{i}', schema)}"
-            for i, (name, schema) in enumerate(wanted["functions"].items())
+            f"{json.dumps(call_head(name))} {each}"
+            for name, each in zip(names, arguments, strict=True)
         ]
         rest = f'"\\n" ({" | ".join(calls)}) "}}\\n{CALL_ENDS}"'
         more = f'("\\n{CALL_BEGINS}" rest)*' if wanted["many"] else ""
@@ -146,9 +155,11 @@ class Structures:
         if wanted["content"] is not None and not wanted["required"]:
             ways.append(part("content", wanted["content"]))
         elif not wanted["required"]:
-            ways = [f"before rest {more}", "TEXT"]
+            bare = [f'head_{i} {each} "}}"' for i, each in enumerate(arguments)]
+            ways = [*bare, f"before rest {more}", "TEXT"]
         rules = [f"start: {' | '.join(ways)}", f"rest: {rest}"]
         if "TEXT" in ways:
+            rules += [f"head_{i}[lazy]: {json.dumps(call_head(n))}" for i, n in enumerate(names)]
             rules += [f"before[lazy]: /(.|\\n)*{CALL_BEGINS}/", r"TEXT: /(.|\n)*/"]
         whole = {"lark_grammar": "\n".join(rules)}
         return self._matcher(json.dumps({"grammars": [whole, *grammars]}))

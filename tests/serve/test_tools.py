@@ -51,6 +51,14 @@ def whole(answer):
         ("It rains.", "It rains.", [], "stop"),
         ("Let me see: " + CALL, "Let me see: ", [("weather", {"city": 'a"}b'})], "tool_calls"),
         (
+            '{"name": "weather", "arguments": {"city": "Oslo"}}',
+            "",
+            [("weather", {"city": "Oslo"})],
+            "tool_calls",
+        ),
+        ('{"name": "other"}', '{"name": "other"}', [], "stop"),
+        ('{"name": "clock"', '{"name": "clock"', [], "stop"),
+        (
             f"{CALL}\n{CLOCK_CALL}",
             "",
             [("weather", {"city": 'a"}b'}), ("clock", {})],
@@ -133,14 +141,32 @@ def test_tools_that_are_wrong(make, fields, param):
 
 
 def test_a_template_without_tools(make):
-    error = error_of(make(template="no").chat(tools=[CLOCK]), 400)
-    assert error["param"] == "tools" and "template" in error["message"]
+    toy = make(template="no", context=4096)
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+    ]
+    for before in ([], [{"role": "system", "content": "Be brief."}]):
+        toy.chat(messages=before + messages, tools=[CLOCK], max_tokens=1)
+        (system, *rest), variables = toy.prompts.asked.pop()
+        assert variables == {} and system["role"] == "system"
+        assert system["content"].startswith("Be brief." if before else "# Tools")
+        assert f"<tools>\n{json.dumps(CLOCK)}\n</tools>" in system["content"]
+        assert rest == [
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": CLOCK_CALL},
+            {"role": "user", "content": "<tool_response>\nnoon\n</tool_response>"},
+        ]
+    toy.chat(messages=messages, max_tokens=1)
+    assert toy.prompts.asked.pop()[0] == rest
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_calls_are_found_however_they_come(size):
     text = f"a <b <tool_call>{CALL[11:]}\n{CLOCK_CALL}"
-    calls, said = ToolCalls(), []
+    calls, said = ToolCalls(["weather", "clock"]), []
     for start in range(0, len(text), size):
         said += calls.push(text[start : start + size])
     said += calls.end()
@@ -151,9 +177,9 @@ def test_calls_are_found_however_they_come(size):
 
 
 def test_an_answer_that_is_cut_off():
-    calls = ToolCalls()
+    calls = ToolCalls(["f"])
     assert calls.push("x <tool_c") == [Said("x ")]
     assert calls.end() == [Said("<tool_c")]
-    calls = ToolCalls()
+    calls = ToolCalls(["f"])
     assert calls.push('<tool_call>\n{"name": "f", "argu') == []
     assert calls.end() == []
