@@ -179,6 +179,7 @@ class _Routes:
 
     async def _read(self, request: Request, kind: type[protocol.Request]) -> protocol.Request:
         asked = protocol.read(kind, await read_json(request, self._max_body_bytes))
+        request.state.read_at = self._service.runner.clock()
         self._service.check_model(asked.model)  # type: ignore[attr-defined]
         return asked
 
@@ -208,7 +209,7 @@ class _Routes:
         field = next((each for each in fields if getattr(asked, each) is not None), None)
         deadline = None
         if asked.timeout is not None:
-            deadline = self._service.runner.clock() + asked.timeout
+            deadline = request.state.read_at + asked.timeout
         return Ask(
             prompts,
             params,

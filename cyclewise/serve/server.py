@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SEQUENCES = 8
 """Requests of the whole context that the KV cache holds at once."""
 _HEADER_BYTES = 64 << 10  # beyond which a connection is closed
+_MAX_CONNECTIONS = 1000  # more are told to come again
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ def _run(service: Service, settings: Settings, keys: object, listener: socket.so
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=_MAX_CONNECTIONS,
         h11_max_incomplete_event_size=_HEADER_BYTES,
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )

@@ -246,7 +246,8 @@ class Exchange:
     async def next(self, seconds: float) -> Delta | None:
         """What comes next; None if nothing does in this time. Raises what has ended an answer."""
         try:
-            event = await asyncio.wait_for(self._events.get(), seconds)
+            async with asyncio.timeout(seconds):
+                event = await self._events.get()
         except TimeoutError:
             return None
         return self._read(event)
