@@ -22,6 +22,7 @@ from cyclewise.serve import protocol
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
 from cyclewise.serve.limits import MAX_BODY_BYTES, read_json
+from cyclewise.serve.responses import ResponseLayout, ResponsesRequest
 from cyclewise.serve.security import Gate, Keys
 from cyclewise.serve.service import Ask, Service
 from cyclewise.serve.stream import Reply
@@ -90,6 +91,7 @@ class _Routes:
         for path, route in {
             "/v1/chat/completions": self.chat,
             "/v1/completions": self.complete,
+            "/v1/responses": self.respond,
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }.items():
@@ -105,14 +107,32 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         asked = await self._read(request, protocol.ChatRequest)
+        return await self._chat(request, asked)
+
+    async def respond(self, request: Request) -> Response:
+        asked = await self._read(request, ResponsesRequest)
+        layout = ResponseLayout(asked, [tool.name for tool in asked.tools or ()])
+        try:
+            return await self._chat(request, asked.as_chat(), layout)
+        except RequestError as error:
+            if (error.param or "").startswith("messages"):
+                error.param = "input"
+            raise
+
+    async def _chat(
+        self, request: Request, asked: protocol.ChatRequest, layout: Layout | None = None
+    ) -> Response:
         tools = tools_of(asked)
         num_logprobs = asked.num_logprobs
         params = protocol.sampling(asked, num_logprobs)
         messages = protocol.for_template(asked.messages)
         prompt = await self._service.encode_chat(messages, tools.offered if tools else None)
         ask = self._ask(request, asked, [prompt], params, tools.structure if tools else None)
-        layout = ChatLayout(
-            self._service, logprobs=num_logprobs is not None, tools=tools.names if tools else ()
+        layout = layout or ChatLayout(
+            self._service,
+            logprobs=num_logprobs is not None,
+            tools=tools.names if tools else (),
+            wants_usage=asked.wants_usage,
         )
         return await self._reply(asked, ask, layout)
 
@@ -131,7 +151,12 @@ class _Routes:
             for _ in range(params.n)
         ]
         ask = self._ask(request, asked, prompts, params)
-        layout = TextLayout(self._service, logprobs=asked.logprobs is not None, before=before)
+        layout = TextLayout(
+            self._service,
+            logprobs=asked.logprobs is not None,
+            before=before,
+            wants_usage=asked.wants_usage,
+        )
         return await self._reply(asked, ask, layout)
 
     async def tokenize(self, request: Request) -> Response:
@@ -226,7 +251,7 @@ class _Routes:
         except CyclewiseError as error:
             field = "messages" if isinstance(asked, protocol.ChatRequest) else "prompt"
             raise (describe(error, field) if _of_prompt(error) else describe(error)) from error
-        return Reply(exchange, layout, stream=bool(asked.stream), wants_usage=asked.wants_usage)
+        return Reply(exchange, layout, stream=bool(asked.stream))
 
 
 def _of_prompt(error: CyclewiseError) -> bool:

@@ -20,39 +20,79 @@ if TYPE_CHECKING:
 _LEAST = -9999.0  # OpenAI's number for what is next to impossible
 
 
+Usage = dict[str, Any]
+"""What `Exchange.usage` says, and `timings` beside it."""
+
+
 class Layout(Protocol):
-    """How an answer is written down."""
+    """How answers are written down."""
 
-    @property
-    def head(self) -> dict[str, Any]:
-        """What each chunk and each whole answer begins with, but for `object`."""
+    end: bytes  # of a stream that has come to its end
 
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> dict[str, Any]:
+        """All answers, when they have ended."""
+
+    def begin(self) -> list[dict[str, Any]]:
+        """What a stream says before the first token."""
+
+    def more(self, delta: Delta) -> list[dict[str, Any]]:
+        """What it says of one answer, as it comes."""
+
+    def finish(self, usage: Usage) -> list[dict[str, Any]]:
+        """What it says when all have ended."""
+
+
+class _Chunks:
+    """What chats and texts have in common: chunks of `choices`."""
+
+    end = b"data: [DONE]\n\n"
     whole_object: str
     chunk_object: str
 
+    def __init__(self, prefix: str, model: str, *, wants_usage: bool) -> None:
+        name = f"{prefix}-{secrets.token_hex(12)}"
+        self._head = {"id": name, "created": int(time.time()), "model": model}
+        self._wants_usage = wants_usage
+
     def choice(self, delta: Delta) -> dict[str, Any]:
         """A whole answer."""
+        raise NotImplementedError
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
         """What is said of one answer in a stream, as it comes."""
+        raise NotImplementedError
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> dict[str, Any]:
+        choices = [self.choice(delta) for delta in deltas]
+        return {**self._head, "object": self.whole_object, "choices": choices, **usage}
+
+    def begin(self) -> list[dict[str, Any]]:
+        return []
+
+    def more(self, delta: Delta) -> list[dict[str, Any]]:
+        return [self._chunk([choice], {"usage": None}) for choice in self.chunks(delta)]
+
+    def finish(self, usage: Usage) -> list[dict[str, Any]]:
+        return [self._chunk([], usage)] if self._wants_usage else []
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+        return {**chunk, **usage} if self._wants_usage else chunk
 
 
-def _head(prefix: str, model: str) -> dict[str, Any]:
-    name = f"{prefix}-{secrets.token_hex(12)}"
-    return {"id": name, "created": int(time.time()), "model": model}
-
-
-class ChatLayout:
+class ChatLayout(_Chunks):
     """`/v1/chat/completions`"""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, service: Service, *, logprobs: bool, tools: Sequence[str]) -> None:
+    def __init__(
+        self, service: Service, *, logprobs: bool, tools: Sequence[str], wants_usage: bool
+    ) -> None:
         """logprobs  wanted
         tools     what an answer may call
         """
-        self.head = _head("chatcmpl", service.name)
+        super().__init__("chatcmpl", service.name, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._tools = tools
@@ -141,16 +181,18 @@ class ChatLayout:
         return {"token": text, "logprob": max(logprob, _LEAST), "bytes": list(piece)}
 
 
-class TextLayout:
+class TextLayout(_Chunks):
     """`/v1/completions`"""
 
     whole_object = chunk_object = "text_completion"
 
-    def __init__(self, service: Service, *, logprobs: bool, before: list[str]) -> None:
+    def __init__(
+        self, service: Service, *, logprobs: bool, before: list[str], wants_usage: bool
+    ) -> None:
         """logprobs  wanted
         before    what each answer begins with: its prompt, or nothing
         """
-        self.head = _head("cmpl", service.name)
+        super().__init__("cmpl", service.name, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._before = before

@@ -266,20 +266,20 @@ class Exchange:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens so far."""
+        """Tokens, and seconds, of an exchange that has ended."""
         prompt = sum(len(job.prompt_ids) for job in self._jobs)
         answers = sum(len(answer.token_ids) for answer in self._answers.values())
         cached = sum(job.reused_tokens for job in self._jobs)
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "completion_tokens": answers,
             "total_tokens": prompt + answers,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        return {"usage": usage, "timings": self._timings()}
 
-    @property
-    def timings(self) -> dict[str, float]:
-        """Seconds that a finished exchange has waited, read its prompts, and decoded."""
+    def _timings(self) -> dict[str, float]:
+        """Seconds of waiting, of reading the prompts, and of decoding."""
         times = [job.times for job in self._jobs]
         queued = min(each.queued or 0.0 for each in times)
         started = min(each.started or queued for each in times)

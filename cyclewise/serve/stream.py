@@ -28,7 +28,6 @@ log = logging.getLogger("cyclewise.serve")
 COMMENT_SECONDS = 5.0
 """How long a stream may say nothing before it says that it is alive."""
 _COMMENT = b": waiting\n\n"
-_DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -39,13 +38,10 @@ _HEADERS = [
 class Reply(Response):
     """Answers, as an exchange brings them."""
 
-    def __init__(
-        self, exchange: Exchange, layout: Layout, *, stream: bool, wants_usage: bool
-    ) -> None:
+    def __init__(self, exchange: Exchange, layout: Layout, *, stream: bool) -> None:
         self._exchange = exchange
         self._layout = layout
         self._stream = stream
-        self._wants_usage = wants_usage
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,14 +59,7 @@ class Reply(Response):
             await asyncio.gather(writing, watching, return_exceptions=True)
 
     async def _write_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deltas = await self._exchange.rest()
-        answer = {
-            **self._layout.head,
-            "object": self._layout.whole_object,
-            "choices": [self._layout.choice(delta) for delta in deltas],
-            "usage": self._exchange.usage,
-            "timings": self._exchange.timings,
-        }
+        answer = self._layout.whole(await self._exchange.rest(), self._exchange.usage)
         await Response(_json(answer), media_type="application/json")(scope, receive, send)
 
     async def _write_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,36 +68,37 @@ class Reply(Response):
         async def say(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
+        async def say_all(events: list[dict[str, Any]]) -> None:
+            for event in events:
+                await say(_event(event))
+
         try:
+            await say_all(self._layout.begin())
             while self._exchange.is_open:
                 delta = await self._exchange.next(COMMENT_SECONDS)
                 if delta is None:
                     await say(_COMMENT)
-                    continue
-                for choice in self._layout.chunks(delta):
-                    await say(self._chunk([choice], None))
-            if self._wants_usage:
-                await say(self._chunk([], self._exchange.usage))
+                else:
+                    await say_all(self._layout.more(delta))
+            await say_all(self._layout.finish(self._exchange.usage))
         except Exception as error:
             if not isinstance(error, CyclewiseError):
                 log.exception("a stream failed")
-            await say(b"data: %b\n\n" % _json(describe(error).body), more=False)
+            await say(_event(describe(error).body), more=False)
             return
-        await say(_DONE, more=False)
-
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        chunk = {**self._layout.head, "object": self._layout.chunk_object, "choices": choices}
-        if self._wants_usage:
-            chunk["usage"] = usage
-            if usage is not None:
-                chunk["timings"] = self._exchange.timings
-        return b"data: %b\n\n" % _json(chunk)
+        await say(self._layout.end, more=False)
 
 
 async def _gone(receive: Receive) -> None:
     """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    """An event; those of OpenAI's that have a type are named after it."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return b"%bdata: %b\n\n" % (name.encode(), _json(value))
 
 
 def _json(value: object) -> bytes:

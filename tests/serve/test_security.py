@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from cyclewise.errors import InvalidParameterError
@@ -107,6 +109,17 @@ def test_what_is_too_long(make):
 
     assert error_of(toy.request("POST", "/v1/completions", content=pieces()), 413)
     assert error_of(toy.request("GET", "/health", headers={"x-long": "x" * 20_000}), 431)
+
+
+def test_a_body_that_does_not_come(make, monkeypatch):
+    monkeypatch.setattr("cyclewise.serve.limits._BODY_SECONDS", 0.05)
+
+    async def pieces():
+        yield b"{"
+        await asyncio.sleep(1)
+
+    toy = make()
+    assert error_of(toy.request("POST", "/v1/completions", content=pieces()), 408)
 
 
 def test_ids_of_requests(make):

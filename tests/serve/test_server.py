@@ -123,6 +123,21 @@ def test_openais_client_and_structures(client):
     assert json.loads(call.function.arguments)["city"] in ("Oslo", 'a"}b')
 
 
+def test_openais_client_and_responses(client):
+    whole = client.responses.create(
+        model="tiny", input="hello", max_output_tokens=20, temperature=0
+    )
+    assert whole.status == "incomplete" and whole.usage.output_tokens == 20
+    *_, last = client.responses.create(
+        model="tiny", input="hello", max_output_tokens=20, temperature=0, stream=True
+    )
+    assert last.type == "response.incomplete"
+    assert last.response.output_text == whole.output_text
+    wanted = {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}
+    with client.responses.stream(model="tiny", input="hello", text={"format": wanted}) as stream:
+        assert json.loads(stream.get_final_response().output_text)["city"] in ("Oslo", 'a"}b')
+
+
 def test_openais_client_and_errors(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**{**ASK, "temperature": 9})
