@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from cyclewise.errors import CyclewiseError
+from cyclewise.errors import ContextLengthError, CyclewiseError
 from cyclewise.serve import protocol
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from starlette.types import ASGIApp
+
+    from cyclewise.engine.request import SamplingParams
 
 
 def make_app(
@@ -227,7 +229,7 @@ class _Routes:
         request: Request,
         asked: protocol.Sampling,
         prompts: list[list[int]],
-        params: Any,
+        params: SamplingParams,
         tool_calls: str | None = None,
     ) -> Ask:
         fields = ("regex", "grammar")
@@ -248,13 +250,7 @@ class _Routes:
     async def _reply(self, asked: protocol.Sampling, ask: Ask, layout: Layout) -> Response:
         try:
             exchange = await self._service.begin(ask)
-        except CyclewiseError as error:
+        except ContextLengthError as error:
             field = "messages" if isinstance(asked, protocol.ChatRequest) else "prompt"
-            raise (describe(error, field) if _of_prompt(error) else describe(error)) from error
+            raise describe(error, field) from error
         return Reply(exchange, layout, stream=bool(asked.stream))
-
-
-def _of_prompt(error: CyclewiseError) -> bool:
-    from cyclewise.errors import ContextLengthError
-
-    return isinstance(error, ContextLengthError)

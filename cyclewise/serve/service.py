@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cyclewise.engine.job import Event, Job
 from cyclewise.engine.runner import Runner
 from cyclewise.errors import ContextLengthError, CyclewiseError, OverloadedError
-from cyclewise.serve.errors import bad, describe
+from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.metrics import Metrics
 from cyclewise.serve.tools import in_words
 from cyclewise.text.answer import Answer
@@ -118,8 +118,6 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless the model is the one that is served."""
         if name is not None and name != self.name:
-            from cyclewise.serve.errors import RequestError
-
             raise RequestError(
                 404,
                 f"there is no model {name[:200]!r} here, but {self.name!r}",
@@ -247,10 +245,12 @@ class Exchange:
         """What comes next; None if nothing does in this time. Raises what has ended an answer."""
         try:
             async with asyncio.timeout(seconds):
-                event = await self._events.get()
+                while True:
+                    delta = self._read(await self._events.get())
+                    if delta is not None:
+                        return delta
         except TimeoutError:
             return None
-        return self._read(event)
 
     async def rest(self) -> list[Delta]:
         """All that comes, each answer in one piece."""

@@ -178,6 +178,22 @@ def test_the_same_bits_for_every_number_of_threads(runner, name, monkeypatch):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_pages_for_several_sequences(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    tiny.write(path, Tiny())
+    counts = []
+    for sequences in (1, 3):
+        model = load_model(path, threads=1, context=100, sequences=sequences)
+        engine = Engine(model)
+        assert engine.context == 100
+        counts.append(engine.pool.num_pages)
+        held = [engine.new_sequence() for _ in range(sequences)]
+        for each in held:
+            engine.evaluate(each, [1] * 100)
+        model.close()
+    assert counts[1] == 3 * counts[0]
+
+
 def test_the_same_bits_of_a_long_context(runner, monkeypatch):
     """Keys in many splits: in decode they are shared by threads, in prefill they are not."""
     monkeypatch.setattr("cyclewise.machine.machine.available_cpus", lambda: 3)
