@@ -14,6 +14,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from cyclewise.errors import CyclewiseError, InvalidParameterError
 
 if TYPE_CHECKING:
     from cyclewise.models import Model
+    from cyclewise.serve.security import Keys
     from cyclewise.serve.service import Service
 
 SEQUENCES = 8
@@ -51,13 +53,14 @@ def serve(model: str, settings: Settings) -> None:
 
     Raises CyclewiseError if it cannot begin, OSError if the address cannot be had.
     """
-    try:
-        from cyclewise.serve.security import Keys, check_address
-    except ImportError as error:
-        raise CyclewiseError(
-            f"serving needs packages that are not installed ({error.name}): "
-            f"pip install 'cyclewise[serve]'"
-        ) from None
+    for package in ("fastapi", "llguidance", "prometheus_client", "uvicorn"):
+        if find_spec(package) is None:
+            raise CyclewiseError(
+                f"serving needs the package {package}, which is not installed: "
+                f"pip install 'cyclewise[serve]'"
+            )
+    from cyclewise.serve.security import Keys, check_address
+
     check_integer("port", settings.port, 0, 65535, "0: any that is free")
     check_integer("parallel", settings.sequences, 1, 4096, "requests of the whole context")
     check_number("drain", settings.drain, 0, 86400, "seconds")
@@ -98,6 +101,7 @@ def _service(name: str, loaded: Model) -> Service:
     template = loaded.metadata.get("tokenizer.chat_template")
     prompts = TextProcess(loaded.path)
     try:
+        prompts.encode("").result()  # it has read the model by then
         return Service(
             name, Engine(loaded), tokenizer, prompts,
             template=template if isinstance(template, str) else None, on_close=loaded.close,
@@ -130,13 +134,12 @@ def _socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(service: Service, settings: Settings, keys: object, listener: socket.socket) -> None:
+def _run(service: Service, settings: Settings, keys: Keys, listener: socket.socket) -> None:
     import uvicorn
 
     from cyclewise.serve.app import make_app
-    from cyclewise.serve.security import Keys, is_loopback
+    from cyclewise.serve.security import is_loopback
 
-    assert isinstance(keys, Keys)
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     local_only = is_loopback(settings.host) and not keys
     app = make_app(service, keys, local_only=local_only, cors=settings.cors)

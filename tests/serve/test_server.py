@@ -17,6 +17,8 @@ import openai
 import pytest
 import uvicorn
 
+from cyclewise.errors import CyclewiseError
+from cyclewise.serve.server import Settings, serve
 from tests.models.tiny import Tiny, make_tensors, write_file
 from tests.serve.test_tools import CITY, CLOCK, WEATHER
 from tests.serve.toys import Toy
@@ -187,6 +189,12 @@ def test_a_server_that_cannot_begin(path, arguments, word):
     process, said = start(path, *arguments)
     assert process.returncode == 2
     assert said.startswith("error: ") and word in said and said.count("\n") == 1
+
+
+def test_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr("cyclewise.serve.server.find_spec", lambda name: None)
+    with pytest.raises(CyclewiseError, match=r"pip install 'cyclewise\[serve\]'"):
+        serve("tiny", Settings())
 
 
 def test_an_address_that_is_taken(path, address):
