@@ -20,6 +20,8 @@ MAX_HEADER_BYTES = 16 << 10
 MAX_DEPTH = 200
 """Of lists and objects within one another: a schema has at most 64 within one another, with two
 levels of JSON for each."""
+MAX_VALUES = 50_000
+"""Texts, names, lists and objects of a body; whole numbers, which token ids are, do not count."""
 _BODY_SECONDS = 60.0
 _SMALL = 1 << 16  # bytes that are read in less time than it takes to hand them to a thread
 
@@ -88,6 +90,7 @@ def _too_deep(param: str | None = None) -> RequestError:
 def _check(value: dict[str, Any]) -> None:
     """Refuse what Python's reader lets through: half characters, NUL, infinities, depth."""
     todo: list[tuple[Any, tuple[str | int, ...]]] = [(value, ())]
+    left = MAX_VALUES
     while todo:
         item, path = todo.pop()
         if isinstance(item, str):
@@ -98,11 +101,15 @@ def _check(value: dict[str, Any]) -> None:
         elif isinstance(item, dict | list):
             if len(path) >= MAX_DEPTH:
                 raise _too_deep(name(path[:1]))
+            values = item.values() if isinstance(item, dict) else item
+            left -= sum(not isinstance(each, int) for each in values)
+            if left < 0 or (isinstance(item, dict) and len(item) > left):
+                raise bad(f"the body holds more than {MAX_VALUES} values", name(path[:1]))
+            pairs = item.items() if isinstance(item, dict) else enumerate(item)
+            todo += [(each, (*path, key)) for key, each in pairs if not isinstance(each, int)]
             if isinstance(item, dict):
                 for key in item:
                     _check_text(key, path)
-            pairs = item.items() if isinstance(item, dict) else enumerate(item)
-            todo.extend((each, (*path, key)) for key, each in pairs if not isinstance(each, int))
 
 
 def _check_text(text: str, path: tuple[str | int, ...]) -> None:

@@ -121,6 +121,8 @@ def test_a_field_of_a_text_that_is_wrong(toy, fields, param):
         (b'{"a": ' + b"[" * 250 + b"]" * 250 + b"}", "a", "levels"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", None, "levels"),
         (b'{"a": ' * 100_000, None, "levels"),
+        (b'{"prompt": [' + b'{"a": 1},' * 60_000 + b"0]}", "prompt", "values"),
+        (b"{" + b",".join(b'"a%d": 1' % i for i in range(60_000)) + b"}", None, "values"),
     ],
 )
 def test_a_body_that_is_wrong(toy, content, param, word):
