@@ -8,9 +8,10 @@ other. Called by `app.py` for answers and by `stream.py` for events of a stream 
 
 from __future__ import annotations
 
-import re
+from dataclasses import fields
 from typing import Any
 
+from cyclewise.engine.request import SamplingParams
 from cyclewise.errors import (
     ContextLengthError,
     CyclewiseError,
@@ -33,7 +34,7 @@ _TYPES = {
     429: "rate_limit_error",
     431: "invalid_request_error",
 }
-_NAMED = re.compile(r"[a-z_]+")
+_PARAMETERS = [each.name for each in fields(SamplingParams)] + ["priority"]
 
 
 class RequestError(CyclewiseError):
@@ -84,8 +85,8 @@ def describe(error: BaseException, param: str | None = None) -> RequestError:
         case ContextLengthError():
             return bad(str(error), param, "context_length_exceeded")
         case InvalidParameterError():
-            named = _NAMED.match(str(error))
-            return bad(str(error), param or (named[0] if named else None))
+            first = str(error).partition(" ")[0]  # a parameter's name, as a rule
+            return bad(str(error), param or (first if first in _PARAMETERS else None))
         case TemplateError():
             return bad(str(error), param or "messages")
         case DeadlineError():

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from cyclewise.engine.scheduler import Limits
-from cyclewise.errors import EngineError, OverloadedError, TemplateError
+from cyclewise.errors import EngineError, InvalidParameterError, OverloadedError, TemplateError
+from cyclewise.serve.errors import describe
 from tests.serve.toys import error_of
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -183,6 +184,12 @@ def test_errors_of_the_engine(make):
     assert error_of(toy.complete(["a", "b"]), 429)
     assert toy.complete().status_code == 200  # and the first of the two has gone
     assert toy.service.runner.numbers().pages_used == 0
+
+
+def test_which_parameter_an_error_of_the_engine_is_about():
+    for text, param in (("priority must be", "priority"), ("the prompt has no token", None)):
+        assert describe(InvalidParameterError(text)).param == param
+    assert describe(InvalidParameterError("json_schema x"), "tools").param == "tools"
 
 
 def test_a_step_that_fails(make):
