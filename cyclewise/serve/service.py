@@ -209,7 +209,13 @@ class Exchange:
         stop_ids = ask.params.all_stop_ids(service.tokenizer.stop_ids)
         self._jobs = {
             Job(
-                prompt_ids, ask.params, stop_ids, each, ask.salt, ask.priority, ask.deadline
+                prompt_ids,
+                ask.params,
+                stop_ids,
+                each,
+                salt=ask.salt,
+                priority=ask.priority,
+                deadline=ask.deadline,
             ): number * ask.params.n
             for number, (prompt_ids, each) in enumerate(zip(ask.prompts, structures, strict=True))
         }
