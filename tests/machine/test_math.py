@@ -5,7 +5,15 @@ import pytest
 
 from cyclewise.machine.kernels.compiler import Compiler, Unit, callable_at
 from cyclewise.machine.kernels.lang import F32, I16, I32, vector
-from cyclewise.machine.kernels.math import absolute, exp, gelu, round_to_int, silu, tanh
+from cyclewise.machine.kernels.math import (
+    absolute,
+    exp,
+    exp_of_negative,
+    gelu,
+    round_to_int,
+    silu,
+    tanh,
+)
 from tests import naive
 from tests.machine.kernel_calls import FUSED
 
@@ -29,6 +37,7 @@ def _map(write, source=F32, result=F32):
 
 KERNELS = {
     "exp": _map(exp),
+    "exp_of_negative": _map(exp_of_negative),
     "silu": _map(silu),
     "gelu": _map(gelu),
     "tanh": _map(tanh),
@@ -84,6 +93,13 @@ def test_exp_at_its_ends(run):
     x = np.array([0.0, -0.0, -87.01, -100, -1e30, -np.inf, 1e-45, -1e-38], np.float32)
     np.testing.assert_array_equal(run("exp", x), [1, 1, 0, 0, 0, 0, 1, 1])
     assert np.isfinite(run("exp", np.array([88, 89, 1e30, np.inf], np.float32))).all()
+
+
+def test_exp_of_negative(run):
+    x = np.unique(np.linspace(-87, 0, 200_003).astype(np.float32))
+    np.testing.assert_array_equal(run("exp_of_negative", x), run("exp", x))
+    ends = np.array([0.0, -0.0, -88, -100, -1e30, -np.inf, -1e-45, -1e-38], np.float32)
+    np.testing.assert_array_equal(run("exp_of_negative", ends), [1, 1, 0, 0, 0, 0, 1, 1])
 
 
 def test_silu(run):

@@ -35,7 +35,7 @@ from cyclewise.machine.kernels.layout import (
     Record,
     load_int32,
 )
-from cyclewise.machine.kernels.math import exp
+from cyclewise.machine.kernels.math import exp, exp_of_negative
 from cyclewise.machine.kernels.pages import (
     LANE_BYTES,
     LANES,
@@ -393,10 +393,10 @@ class _Attention:
             before = emitter.load(partial.maxima + row * 4, floats)
             now = emitter.maximum(before, emitter.load(at["page_maxima"] + row * 4, floats))
             emitter.store(partial.maxima + row * 4, now)
-            emitter.store(at["factors"] + row * 4, exp(emitter, before - now))
+            emitter.store(at["factors"] + row * 4, exp_of_negative(emitter, before - now))
         with emitter.range(0, self.rows) as row:
             maximum = emitter.broadcast(partial.maxima + row * 4, F32, LANES)
-            weights = [exp(emitter, score - maximum) for score in scores(row)]
+            weights = [exp_of_negative(emitter, score - maximum) for score in scores(row)]
             factor = emitter.broadcast(at["factors"] + row * 4, F32, LANES)
             sums = at["lane_sums"] + row * (LANES * 4)
             total = emitter.load(sums, floats) * factor + (weights[0] + weights[1])
@@ -479,7 +479,7 @@ class _Attention:
             also = emitter.load(partial.maxima + row * 4, floats)
             now = emitter.maximum(before, also)
             emitter.store(total.maxima + row * 4, now)
-            factors = [exp(emitter, each - now) for each in (before, also)]
+            factors = [exp_of_negative(emitter, each - now) for each in (before, also)]
             emitter.store(old + row * 4, factors[0])
             emitter.store(new + row * 4, factors[1])
             sums = [emitter.load(each.sums + row * 4, floats) for each in (total, partial)]

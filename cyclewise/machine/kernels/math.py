@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cyclewise.machine.kernels.lang import F32, I32, Emitter, Value, vector
+from cyclewise.machine.kernels.lang import I32, Emitter, Value, vector
 
 _ROUND = 12582912.0
 """1.5 * 2**23: adding it to a small float32 leaves the nearest integer in the low bits."""
@@ -24,21 +24,31 @@ def exp(emitter: Emitter, x: Value) -> Value:
     """e**x of float32 lanes, within 2 units in the last place; exactly 1 at 0, exactly 0 below
     -87.
     """
-    floats = x.type
-    lanes = floats.count
-    low = emitter.constant(-87.0, floats)
-    high = emitter.constant(88.0, floats)
+    low = emitter.constant(-87.0, x.type)
+    high = emitter.constant(88.0, x.type)
     clamped = emitter.minimum(emitter.maximum(x, low), high)
-    power = round_to_int(emitter, clamped * 1.44269504088896341)
-    n = emitter.to_float(power)
-    rest = emitter.fma(n, emitter.constant(-0.693359375, floats), clamped)
+    return (x < low).select(emitter.constant(0.0, x.type), _exp(emitter, clamped))
+
+
+def exp_of_negative(emitter: Emitter, x: Value) -> Value:
+    """e**x of float32 lanes that are not above 0, with fewer operations; exactly 0 below -88."""
+    # Of the power -127 the scale is 0.
+    return _exp(emitter, emitter.maximum(x, emitter.constant(-88.0, x.type)))
+
+
+def _exp(emitter: Emitter, x: Value) -> Value:
+    """Of lanes from -88 to 88."""
+    floats = x.type
+    shifted = x * 1.44269504088896341 + _ROUND
+    n = shifted - _ROUND
+    rest = emitter.fma(n, emitter.constant(-0.693359375, floats), x)
     rest = emitter.fma(n, emitter.constant(2.12194440e-4, floats), rest)
     value = emitter.constant(_EXP[0], floats)
     for coefficient in _EXP[1:]:
         value = emitter.fma(value, rest, emitter.constant(coefficient, floats))
     value = emitter.fma(value, rest * rest, rest + 1.0)
-    scale = emitter.bitcast((power + 127) << 23, vector(F32, lanes))
-    return (x < low).select(emitter.constant(0.0, floats), value * scale)
+    power = emitter.bitcast(shifted, vector(I32, floats.count)) << 23
+    return value * emitter.bitcast(power + (127 << 23), floats)
 
 
 def silu(emitter: Emitter, x: Value) -> Value:
