@@ -48,7 +48,8 @@ import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 tests = project["optional-dependencies"]["test"]
 print(*project["dependencies"], sep="\n")
-print(*(need for need in tests if not need.startswith(("mypy", "perfetto", "ruff"))), sep="\n")
+others = ("cyclewise", "httpx", "mypy", "openai", "perfetto", "ruff")  # no kernel needs them
+print(*(need for need in tests if not need.startswith(others)), sep="\n")
 END
     version=$(arm64 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$PYTHON" -m pip -q install --target "$FOLDER/site" --requirement "$FOLDER/needs" \

@@ -9,7 +9,7 @@ import pytest
 from cyclewise.engine.scheduler import Limits
 from cyclewise.errors import EngineError, InvalidParameterError, OverloadedError, TemplateError
 from cyclewise.serve.errors import describe
-from tests.serve.toys import error_of
+from tests.serve.toys import error_of, wait_until
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -182,7 +182,8 @@ def test_errors_of_the_engine(make):
     assert "secret" not in error_of(toy.chat(), 500)["message"]
     toy.prompts.error = None
     assert error_of(toy.complete(["a", "b"]), 429)
-    assert toy.complete().status_code == 200  # and the first of the two has gone
+    wait_until(lambda: toy.service.runner.numbers().jobs == 0)  # the first of the two has gone
+    assert toy.complete().status_code == 200
     assert toy.service.runner.numbers().pages_used == 0
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from cyclewise.serve.protocol import ChatRequest, CompletionRequest
 from cyclewise.serve.responses import ResponsesRequest
+from tests.serve.toys import wait_until
 
 SOUND = {
     "messages": [{"role": "user", "content": "hi"}], "prompt": "x", "input": "x", "stop": ["a"],
@@ -50,5 +51,6 @@ def test_every_request_is_answered_or_refused_by_a_field(make, path):
         if answer.status_code == 400:
             assert answer.json()["error"]["param"], (body, answer.text)
     assert min(counts.values()) > 5
+    wait_until(lambda: toy.service.runner.numbers().jobs == 0)
     numbers = toy.service.runner.numbers()
     assert (numbers.jobs, numbers.pages_used, numbers.failed) == (0, 0, 0)

@@ -21,10 +21,9 @@ from cyclewise.errors import CyclewiseError
 from cyclewise.serve.server import Settings, serve
 from tests.models.tiny import Tiny, make_tensors, write_file
 from tests.serve.test_tools import CITY, CLOCK, WEATHER
-from tests.serve.toys import Toy
+from tests.serve.toys import WAIT, Toy, wait_until
 from tests.text.vocabularies import byte_level
 
-WAIT = 60.0  # seconds until a test is taken for hung
 KEY = "a-key-of-sufficient-length"
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
@@ -260,13 +259,6 @@ def running():
     running.toy.model.machine.before_step = lambda: time.sleep(0.01)
     yield running
     running.close()
-
-
-def wait_until(condition):
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from concurrent.futures import Future
 
 import httpx
@@ -14,6 +15,15 @@ from cyclewise.serve.service import Service
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer
 
 TEMPLATE = "... <tool_call> ..."
+WAIT = 60.0  # seconds until a test is taken for hung
+
+
+def wait_until(condition):
+    """What is cancelled ends before the engine's next step, and not before the next request."""
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 class InlinePrompts:
