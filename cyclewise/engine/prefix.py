@@ -1,10 +1,10 @@
 """Which pages of the KV cache hold which tokens, so that no prompt's beginning is evaluated twice.
 
 A full page is found by its key: a hash of the tokens in it and of the key before it, so that a key
-stands for all tokens from the first on. What the first page's key begins with is a salt: two users
-with different salts share nothing, and neither learns from the time to the first token what the
-other has asked (as vLLM's `cache_salt`). The hash is BLAKE2b (RFC 7693), for which nobody can make
-two texts that collide.
+stands for all tokens from the first on. What the first page's key begins with is a salt and the
+LoRA adapter: two users with different salts share nothing, and neither learns from the time to the
+first token what the other has asked (as vLLM's `cache_salt`). The hash is BLAKE2b (RFC 7693), for
+which nobody can make two texts that collide.
 
 `PagePool` (`kvcache.py`) owns a `PrefixIndex` and tells it when no sequence holds a page any more:
 then the page is *idle*, can still be found, and is given to somebody else when no page is free. The
