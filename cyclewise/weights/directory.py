@@ -2,9 +2,9 @@
 
 In: a directory. Out: metadata and tensors under GGUF's names (`source.py`), which the readers of
 GGUF files understand. Weights stay as they are stored, F32, F16 or BF16, or integers in the layouts
-that `published.py` reads, unless float matrices are to be quantized (`quantize.py`); only Gemma's
-norms gain the 1 that GGUF has added, and GPT-2's matrices are turned round. Nothing here reads
-pickle: such a file is a program, and loading it runs it.
+that `published.py` reads (where it has to, it makes them Q8_0), unless float matrices are to be
+quantized (`quantize.py`); only Gemma's norms gain the 1 that GGUF has added, and GPT-2's matrices
+are turned round. Nothing here reads pickle: such a file is a program, and loading it runs it.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ class ModelDirectory:
             self.tensors: Mapping[str, DirectoryTensor] = _tensors(
                 stored, config, layout, self.path
             )
+            again = [each for each in self.tensors.values() if each.format.name == "Q8_0"]
+            if again:
+                self.metadata[QUANTIZED] = f"Q8_0 for {len(again)} matrices in act-order"
             if quantize is not None:
                 self.tensors, note, bar = _quantize_floats(self.tensors, quantize)
                 self.metadata[QUANTIZED] = note

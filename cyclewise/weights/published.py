@@ -2,8 +2,8 @@
 
 In: `quantization_config` and the tensors of a module, as a Hugging Face directory has them. Out:
 matrices in blocks of ours (`formats.py`: I4_128 and its like), whose codes, scales and zero points
-are those of the file; nothing is quantized again. Called by `directory.py`. In each layout a weight
-is `scale * (code - zero_point)`, with one scale and zero point for a group of columns of a row:
+are those of the file. Called by `directory.py`. In each layout a weight is
+`scale * (code - zero_point)`, with one scale and zero point for a group of columns of a row:
 
     GPTQ     `qweight` (columns / per word, rows), words of codes along the columns; `qzeros`
              (groups, rows / per word) and `scales` (groups, rows). What is stored of a zero point
@@ -14,6 +14,9 @@ is `scale * (code - zero_point)`, with one scale and zero point for a group of c
              pack-quantized: `weight_packed` (rows, columns / per word), `weight_scale` (rows,
              groups), `weight_zero_point` (rows / per word, groups), `weight_shape`.
              int-quantized: `weight` of signed bytes, `weight_scale` and `weight_zero_point`.
+
+Where the columns of a group are no neighbours (act-order: they were quantized in the order of their
+importance), no block of ours could share a scale, and the weights are quantized again, to Q8_0.
 
 Words are int32, the first code in the lowest bits. Our blocks have float16 scales. Those of
 bfloat16 files are float16 too from 2**-17 (8e-6) upwards; a scale that is not is rounded, which
@@ -32,6 +35,7 @@ import numpy.typing as npt
 from cyclewise.errors import ModelFileError, UnsupportedModelError
 from cyclewise.weights.formats import FORMATS, Format
 from cyclewise.weights.mapped import shown
+from cyclewise.weights.quantize import quantize_rows
 from cyclewise.weights.safetensors import SafetensorsFile
 
 Bytes = npt.NDArray[np.uint8]
@@ -62,10 +66,14 @@ class Matrix:
     """Of rows first (a multiple of 8) to last, the last excluded: unsigned, (rows, columns)."""
     scales: Callable[[], npt.NDArray[np.float32]]  # (rows, groups)
     zero_points: Callable[[], Bytes]  # (rows, groups), unsigned
+    scattered: npt.NDArray[np.int64] | None
+    """The group of each column, where the columns of a group are no neighbours."""
 
     @property
     def format(self) -> Format:
-        """The widest blocks that groups are made of."""
+        """The widest blocks that groups are made of; Q8_0 where they are scattered."""
+        if self.scattered is not None:
+            return FORMATS["Q8_0"]
         block = next(block for block in _BLOCKS if self.group_size % block == 0)
         return FORMATS[f"I{self.bits}_{block}"]
 
@@ -75,6 +83,8 @@ class Matrix:
 
     def writer(self) -> Callable[[int, int], Bytes]:
         """What writes rows first to last in blocks, (rows, row bytes), as `codes` takes them."""
+        if self.scattered is not None:
+            return self._again()
         block = self.format.block_size
         repeats = self.group_size // block
         scales = np.repeat(self.scales().astype(np.float16), repeats, axis=1)
@@ -93,6 +103,16 @@ class Matrix:
                 packed = halves[..., 0, :] | (halves[..., 1, :] << 4)
                 out[..., 3:] = packed.reshape(*codes.shape[:2], -1)
             return out.reshape(last - first, -1)
+
+        return write
+
+    def _again(self) -> Callable[[int, int], Bytes]:
+        """What quantizes rows once more."""
+        scales, zero_points = self.scales(), self.zero_points().astype(np.float32)
+
+        def write(first: int, last: int) -> Bytes:
+            values = self.codes(first, last) - zero_points[first:last, self.scattered]
+            return quantize_rows(values * scales[first:last, self.scattered], "Q8_0")
 
         return write
 
@@ -116,7 +136,7 @@ class Layout:
         """A module's matrix, and which of its tensors that is made of.
 
         Raises ModelFileError where they do not fit each other and UnsupportedModelError for groups
-        of a size, or in an order, that is not read here.
+        of a size that is not read here.
         """
         tensors = _Tensors(module, files)
         if self.method == "compressed-tensors":
@@ -124,9 +144,10 @@ class Layout:
             matrix = read(tensors)
         else:
             matrix = (_gptq if self.method == "gptq" else _awq)(tensors, self)
-        if matrix.columns % matrix.group_size or matrix.group_size % 32:
+        size = 32 if matrix.scattered is not None else matrix.group_size
+        if matrix.columns % size or size % 32:
             raise UnsupportedModelError(
-                f"{tensors.where}: groups of {matrix.group_size} of {matrix.columns} columns are "
+                f"{tensors.where}: groups of {size} of {matrix.columns} columns are "
                 f"not supported, only whole ones of a multiple of 32; {_INSTEAD}"
             )
         return matrix, tuple(tensors.used)
@@ -259,17 +280,24 @@ class _Tensors:
             raise ModelFileError(f"{self.where}: {kind} holds a scale that is no float16 number")
         return values
 
-    def require_order(self, kind: str, columns: int, group_size: int) -> None:
-        """That groups are neighbours, if a tensor says which group a column is in."""
+    def scattered(
+        self, kind: str, columns: int, group_size: int, groups: int
+    ) -> npt.NDArray[np.int64] | None:
+        """The group of each column, if a tensor says so and the columns of one are no neighbours.
+
+        A tensor of -1 says nothing.
+        """
         if kind not in self:
-            return
+            return None
         self.require(kind, ("I32", "I64"), (columns,))
-        if not np.array_equal(self.values(kind), np.arange(columns) // group_size):
-            raise UnsupportedModelError(
-                f"{self.where}: its columns are in the order of their importance (desc_act, "
-                "act-order), so that neighbours have scales of their own, which is not supported; "
-                "take a version without it (desc_act: false, or static_groups)"
+        found = self.values(kind).astype(np.int64)
+        if (found == -1).all() or np.array_equal(found, np.arange(columns) // group_size):
+            return None
+        if found.min() < 0 or found.max() >= groups:
+            raise ModelFileError(
+                f"{self.where}: {kind} holds a group that is none of the {groups} there are"
             )
+        return found
 
 
 _SCALES = ("F16", "BF16", "F32")
@@ -283,7 +311,7 @@ def _gptq(tensors: _Tensors, layout: Layout) -> Matrix:
     groups = -(-columns // size)
     tensors.require("scales", _SCALES, (groups, rows))
     tensors.require("qzeros", ("I32",), (groups, -(-rows // per_word)))
-    tensors.require_order("g_idx", columns, size)
+    scattered = tensors.scattered("g_idx", columns, size, groups)
 
     def codes(first: int, last: int) -> Bytes:
         return _unpacked(tensors.values("qweight")[:, first:last].T, bits)
@@ -293,7 +321,7 @@ def _gptq(tensors: _Tensors, layout: Layout) -> Matrix:
         return (stored + np.uint8(layout.zero_offset)) & np.uint8((1 << bits) - 1)
 
     return Matrix(
-        rows, columns, bits, size, codes, lambda: tensors.scales("scales").T, zero_points
+        rows, columns, bits, size, codes, lambda: tensors.scales("scales").T, zero_points, scattered
     )  # fmt: skip
 
 
@@ -314,7 +342,7 @@ def _awq(tensors: _Tensors, layout: Layout) -> Matrix:
 
     return Matrix(
         rows, columns, 4, size, codes, lambda: tensors.scales("scales").T,
-        lambda: in_order(tensors.values("qzeros")),
+        lambda: in_order(tensors.values("qzeros")), None,
     )  # fmt: skip
 
 
@@ -327,21 +355,21 @@ def _packed(tensors: _Tensors) -> Matrix:
     if bits == 0:
         raise tensors.wrong("weight_packed", f"rows of {columns} codes", f"{words} words")
     tensors.require("weight_packed", ("I32",), (rows, words))
-    size = _size_of_groups(tensors, rows, columns)
+    size, scattered = _groups(tensors, rows, columns)
 
     def codes(first: int, last: int) -> Bytes:
         return _unpacked(tensors.values("weight_packed")[first:last], bits)[:, :columns]
 
     return Matrix(
         rows, columns, bits, size, codes, lambda: _by_rows(tensors.scales("weight_scale"), rows),
-        _zero_points(tensors, rows, columns // size, bits),
+        _zero_points(tensors, rows, columns // size, bits), scattered,
     )  # fmt: skip
 
 
 def _bytes(tensors: _Tensors) -> Matrix:
     """compressed-tensors' int-quantized."""
     rows, columns = tensors.shape("weight", ("I8",))
-    size = _size_of_groups(tensors, rows, columns)
+    size, scattered = _groups(tensors, rows, columns)
 
     def codes(first: int, last: int) -> Bytes:
         stored: npt.NDArray[np.int8] = tensors.values("weight")[first:last]
@@ -349,12 +377,14 @@ def _bytes(tensors: _Tensors) -> Matrix:
 
     return Matrix(
         rows, columns, 8, size, codes, lambda: _by_rows(tensors.scales("weight_scale"), rows),
-        _zero_points(tensors, rows, columns // size, 8),
+        _zero_points(tensors, rows, columns // size, 8), scattered,
     )  # fmt: skip
 
 
-def _size_of_groups(tensors: _Tensors, rows: int, columns: int) -> int:
-    """From the number of scales of a row; one scale may be the whole matrix's."""
+def _groups(tensors: _Tensors, rows: int, columns: int) -> tuple[int, npt.NDArray[np.int64] | None]:
+    """Their size, from the number of scales of a row (one scale may be the whole matrix's), and the
+    group of each column where they are scattered.
+    """
     if "weight_scale" not in tensors or tensors.dimensions("weight_scale") < 2:
         tensors.require("weight_scale", _SCALES, (1,))
         size = columns
@@ -363,8 +393,7 @@ def _size_of_groups(tensors: _Tensors, rows: int, columns: int) -> int:
         if of_rows not in (1, rows) or columns % groups:
             raise tensors.wrong("weight_scale", f"scales of {rows} rows", f"({of_rows}, {groups})")
         size = columns // groups
-    tensors.require_order("weight_g_idx", columns, size)
-    return size
+    return size, tensors.scattered("weight_g_idx", columns, size, columns // size)
 
 
 def _by_rows(values: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:

@@ -30,6 +30,7 @@ class Integers:
     ) -> None:
         groups = columns // group if group > 0 else 1
         self.bits, self.group = bits, columns // groups
+        self.groups = np.arange(columns, dtype=np.int32) // np.int32(self.group)
         self.codes = rng.integers(0, 1 << bits, (rows, columns))
         half = 1 << (bits - 1)
         spread = half // 2 if asym else 0
@@ -39,9 +40,7 @@ class Integers:
 
     @property
     def weights(self) -> NDArray[np.float32]:
-        zero_points, scales = (
-            np.repeat(values, self.group, axis=1) for values in (self.zero_points, self.scales)
-        )
+        zero_points, scales = self.zero_points[:, self.groups], self.scales[:, self.groups]
         return (self.codes - zero_points).astype(np.float32) * scales.astype(np.float32)
 
 
@@ -58,12 +57,11 @@ def words(codes: NDArray[Any], bits: int, order: tuple[int, ...] | None = None) 
 
 
 def gptq(made: Integers, version: int = 1) -> Arrays:
-    columns = made.codes.shape[1]
     stored = (made.zero_points - (version == 1)) & ((1 << made.bits) - 1)
     return {
         "qweight": words(made.codes, made.bits).T.copy(),
         "qzeros": words(stored.T.copy(), made.bits), "scales": made.scales.T.copy(),
-        "g_idx": np.arange(columns, dtype=np.int32) // np.int32(made.group),
+        "g_idx": made.groups,
         "bias": np.zeros(len(made.codes), np.float16),
     }  # fmt: skip
 
@@ -81,6 +79,8 @@ def packed(made: Integers) -> Arrays:
         "weight_packed": words(made.codes, made.bits), "weight_scale": made.scales,
         "weight_shape": np.array(made.codes.shape, np.int64),
     }  # fmt: skip
+    if (np.diff(made.groups) < 0).any():
+        found["weight_g_idx"] = made.groups
     if (made.zero_points != 1 << (made.bits - 1)).any():
         found["weight_zero_point"] = words(made.zero_points.T.copy(), made.bits).T.copy()
     return found
@@ -113,12 +113,19 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Any, tuple[int, int, bool]]] = {
         {"quant_method": "gptq", "bits": 8, "group_size": -1, "desc_act": True}, gptq,
         (8, -1, True),
     ),
+    "gptq_order": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, gptq,
+        (4, 32, True),
+    ),
     "awq": (
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}, awq,
         (4, 64, True),
     ),
     "packed_4": (compressed("pack-quantized", 4), packed, (4, 128, False)),
     "packed_4_asym": (compressed("pack-quantized", 4), packed, (4, 32, True)),
+    "packed_8_order": (
+        compressed("pack-quantized", 8) | {"actorder": "group"}, packed, (8, 64, True),
+    ),
     "packed_8": (compressed("pack-quantized", 8), packed, (8, 64, True)),
     "bytes": (compressed("int-quantized", 8), signed_bytes, (8, -1, False)),
     "bytes_asym": (compressed("int-quantized", 8), signed_bytes, (8, -1, True)),
@@ -151,6 +158,8 @@ def write_both(folder: Path, layout: str, **changes: Any) -> tuple[Path, Path]:
             )
         for part, sizes in SHAPES.items():
             made = Integers(rng, *sizes, *shape)
+            if layout.endswith("order"):
+                rng.shuffle(made.groups)
             whole[f"{name}{part}.weight"] = made.weights
             tensors = write_matrix(made)
             if layer == 1 and part == "self_attn.o_proj":

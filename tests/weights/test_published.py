@@ -11,6 +11,7 @@ from cyclewise.machine.kernels.blocks import tile_bytes
 from cyclewise.machine.machine import Chunk
 from cyclewise.models import load_model
 from cyclewise.weights.published import read_layout
+from cyclewise.weights.quantize import QUANTIZED
 from cyclewise.weights.rows import make_rows
 from cyclewise.weights.safetensors import SafetensorsFile
 from cyclewise.weights.source import open_source
@@ -79,10 +80,34 @@ def test_logits_are_near_those_of_the_same_weights_in_float(tmp_path, layout):
     ours, floats = write_both(tmp_path, layout)
     (got, formats), (want, _) = logits(ours), logits(floats)
     bits, group, _ = LAYOUTS[layout][2]
-    # What the configuration leaves out is float as it was.
-    assert formats == {"F32", f"I{bits}_{group if group > 0 else 128}"}
+    # What the configuration leaves out is float as it was; what has no blocks of ours is Q8_0.
+    integers = "Q8_0" if "order" in layout else f"I{bits}_{group if group > 0 else 128}"
+    assert formats == {"F32", integers}
     p, q = log_softmax(want), log_softmax(got)
     assert (np.exp(p) * (p - q)).sum(-1).mean() < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["gptq_order", "packed_8_order"])
+def test_columns_in_the_order_of_their_importance(tmp_path, layout):
+    """Their weights are within half a step of Q8_0, and `info` says that they are no codes."""
+    ours, floats = write_both(tmp_path, layout)
+    name = "blk.0.ffn_down.weight"
+    with open_source(ours) as source, open_source(floats) as exact:
+        assert source.metadata[QUANTIZED] == "Q8_0 for 13 matrices in act-order"
+        got = dequantized("Q8_0", source.data(name).reshape(source.tensors[name].shape[0], -1))
+        want = exact.data(name).view(np.float32).reshape(got.shape)
+    largest = np.abs(want).reshape(-1, 32).max(1, keepdims=True)
+    assert (np.abs(got - want).reshape(-1, 32) <= largest / 254 * 1.13).all()
+
+
+def test_an_order_that_is_not_known(tmp_path):
+    """compressed-tensors begins with -1 everywhere: neighbours."""
+    ours, _ = write_both(
+        tmp_path, "packed_4", tensors={DOWN + "weight_g_idx": np.full(256, -1, np.int32)}
+    )
+    with open_source(ours) as source:
+        assert source.tensors["blk.1.ffn_down.weight"].format.name == "I4_128"
+        assert QUANTIZED not in source.metadata
 
 
 @pytest.mark.parametrize("layout", ["gptq_v2", "awq", "packed_8", "bytes"])
@@ -120,6 +145,9 @@ def test_scales_that_are_no_float16(tmp_path, dtype):
         np.testing.assert_array_equal(got[exact], want[exact])
     bound = np.maximum(scales * 2.0**-11, 2.0**-25) * np.abs(made.codes - 128)
     assert (np.abs(got - want) <= bound).all()
+
+
+DOWN = "model.layers.1.mlp.down_proj."
 
 
 def refused(folder, kind, reason):
@@ -183,13 +211,11 @@ def test_a_damaged_configuration(tmp_path, settings):
     refused(ours, ModelFileError, "quantization_config.*should be")
 
 
-DOWN = "model.layers.1.mlp.down_proj."
-
-
 @pytest.mark.parametrize(
     ("layout", "kind", "value", "reason"),
     [
-        ("gptq_asym", "g_idx", np.arange(256, dtype=np.int32)[::-1] // 64, "desc_act: false"),
+        ("gptq_asym", "g_idx", np.arange(256, dtype=np.int32) // 32, "none of the 4 there are"),
+        ("gptq_asym", "g_idx", np.arange(256) // 64 - 1, "none of the 4 there are"),
         ("gptq_asym", "g_idx", np.zeros(8, np.int32), r"g_idx should have the shape \(256,\)"),
         ("gptq_asym", "scales", np.ones((2, 128), np.float16), r"scales .* the shape \(4, 128\)"),
         ("gptq_asym", "qweight", np.ones((32, 128), np.int64), "2 dimensions of I32"),
