@@ -361,7 +361,8 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts a text.
 
-    Lower is better. Computed as llama.cpp does: the second half of each chunk is scored.
+    Lower is better. Computed as llama.cpp does: the second half of each chunk is scored. Lines may
+    end in LF or CR LF and are read as LF; llama.cpp's tool sees CR LF as it is, and other numbers.
 
     \b
       cyclewise perplexity smollm2 --text wiki.test.raw

@@ -34,7 +34,10 @@ def test_gemma_3_writes_on(gemma3_path):
 
 @pytest.mark.slow
 def test_gemma_3_reads(gemma3_path, shared_data):
-    """Ids of a thousand lines by a vocabulary of 262,144; perplexity within 0.3 %."""
+    """Ids of a thousand lines by a vocabulary of 262,144; perplexity within 0.3 % of float32's.
+
+    llama.cpp's own 4-bit arithmetic has 17.565, 0.54 % above the same weights in float32.
+    """
     text = (shared_data / TEXT).read_text(encoding="utf-8")
     model = load_model(gemma3_path, context=512)
     tokenizer = Tokenizer.from_metadata(model.metadata)
@@ -45,7 +48,7 @@ def test_gemma_3_reads(gemma3_path, shared_data):
     found = perplexity(Engine(model), tokenizer.encode(text), vocabulary=tokenizer)
     model.close()
     assert found.tokens == 8160
-    assert found.perplexity == pytest.approx(17.5650397, rel=3e-3)
+    assert found.perplexity == pytest.approx(17.4706133, rel=3e-3)
 
 
 @pytest.mark.slow
