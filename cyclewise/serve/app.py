@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from cyclewise.errors import ContextLengthError, CyclewiseError
-from cyclewise.serve import protocol
+from cyclewise.serve import openapi, protocol
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
 from cyclewise.serve.limits import MAX_BODY_BYTES, read_json
@@ -29,7 +29,7 @@ from cyclewise.serve.stream import Reply
 from cyclewise.serve.tools import tools_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from starlette.types import ASGIApp
 
@@ -50,7 +50,7 @@ def make_app(
     cors        origins whose pages may ask
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _Routes(service, max_body_bytes).add_to(app)
+    _Routes(service, max_body_bytes, keyed=bool(keys)).add_to(app)
     app.add_exception_handler(CyclewiseError, _on_error)
     app.add_exception_handler(Exception, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -84,10 +84,17 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return _answer_error(RequestError(error.status_code, message, headers=headers))
 
 
+def _add(app: FastAPI, path: str, route: Callable[[Request], Any], method: str) -> None:
+    app.add_route(path, route, methods=[method])
+    if path.startswith(openapi.WITHOUT_PREFIX):
+        app.add_route(path.removeprefix("/v1"), route, methods=[method])
+
+
 class _Routes:
-    def __init__(self, service: Service, max_body_bytes: int) -> None:
+    def __init__(self, service: Service, max_body_bytes: int, *, keyed: bool) -> None:
         self._service = service
         self._max_body_bytes = max_body_bytes
+        self._keyed = keyed
 
     def add_to(self, app: FastAPI) -> None:
         for path, route in {
@@ -97,15 +104,16 @@ class _Routes:
             "/tokenize": self.tokenize,
             "/detokenize": self.detokenize,
         }.items():
-            app.add_route(path, route, methods=["POST"])
+            _add(app, path, route, "POST")
         for path, route in {
             "/v1/models": self.models,
             "/v1/models/{name:path}": self.model,
             "/health": self.health,
             "/ready": self.ready,
             "/metrics": self.metrics,
+            "/openapi.json": self.openapi,
         }.items():
-            app.add_route(path, route, methods=["GET"])
+            _add(app, path, route, "GET")
 
     async def chat(self, request: Request) -> Response:
         asked = await self._read(request, protocol.ChatRequest)
@@ -113,7 +121,9 @@ class _Routes:
 
     async def respond(self, request: Request) -> Response:
         asked = await self._read(request, ResponsesRequest)
-        layout = ResponseLayout(asked, [tool.name for tool in asked.tools or ()])
+        layout = ResponseLayout(
+            asked, self._service.name, [tool.name for tool in asked.tools or ()]
+        )
         try:
             return await self._chat(request, asked.as_chat(), layout)
         except RequestError as error:
@@ -163,21 +173,28 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> Response:
         asked = await self._read(request, protocol.TokenizeRequest)
-        if (asked.prompt is None) == (asked.messages is None):
-            raise bad("give either a prompt or messages", "prompt")
-        if asked.prompt is not None:
-            token_ids = await asyncio.wrap_future(self._service.prompts.encode(asked.prompt))
-        else:
-            assert asked.messages is not None
+        if sum(each is not None for each in (asked.prompt, asked.content, asked.messages)) != 1:
+            raise bad("give one of prompt, content and messages", "prompt")
+        if asked.messages is not None:
+            if asked.add_special is not None:
+                raise bad("a chat has the special tokens that its template writes", "add_special")
             token_ids = await self._service.encode_chat(protocol.for_template(asked.messages))
+        else:
+            text = asked.prompt if asked.content is None else asked.content
+            special = asked.content is None if asked.add_special is None else asked.add_special
+            assert text is not None
+            encoding = self._service.prompts.encode(text, add_special=special)
+            token_ids = await asyncio.wrap_future(encoding)
         facts = {"count": len(token_ids), "max_model_len": self._service.engine.context}
-        return JSONResponse({**facts, "tokens": token_ids})
+        if not asked.with_pieces:
+            return JSONResponse({**facts, "tokens": token_ids})
+        return JSONResponse({**facts, "tokens": [self._piece(each) for each in token_ids]})
 
     async def detokenize(self, request: Request) -> Response:
         asked = await self._read(request, protocol.DetokenizeRequest)
         self._check_ids(asked.tokens, "tokens")
         text = await asyncio.to_thread(self._service.tokenizer.decode, asked.tokens)
-        return JSONResponse({"prompt": text})
+        return JSONResponse({"prompt": text, "content": text})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -199,10 +216,19 @@ class _Routes:
     async def metrics(self, request: Request) -> Response:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(openapi.document, keyed=self._keyed))
+
     def _model(self) -> dict[str, Any]:
         service = self._service
-        facts = {"id": service.name, "object": "model", "created": service.created}
-        return {**facts, "owned_by": "cyclewise", "max_model_len": service.engine.context}
+        return {
+            "id": service.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "cyclewise",
+            "aliases": service.aliases,
+            "max_model_len": service.engine.context,
+        }
 
     async def _read(self, request: Request, kind: type[protocol.Request]) -> protocol.Request:
         asked = protocol.read(kind, await read_json(request, self._max_body_bytes))
@@ -214,6 +240,14 @@ class _Routes:
         if token_ids and max(token_ids) >= len(self._service.token_bytes):
             most = len(self._service.token_bytes) - 1
             raise bad(f"{field}: this model's token ids are from 0 to {most}", field)
+
+    def _piece(self, token_id: int) -> dict[str, Any]:
+        """A token as llama.cpp's server writes it: its text, or bytes that are part of one."""
+        piece = self._service.token_bytes[token_id].removeprefix(b"\xff")
+        try:
+            return {"id": token_id, "piece": piece.decode()}
+        except UnicodeDecodeError:
+            return {"id": token_id, "piece": list(piece)}
 
     async def _prompt(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -33,7 +33,10 @@ def serve(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="What requests call the model. Default: MODEL.")
+        list[str] | None,
+        typer.Option(
+            "--name", help="What requests call the model. May be given repeatedly. Default: MODEL."
+        ),
     ] = None,
     context: Context = None,
     parallel: Annotated[
@@ -63,7 +66,7 @@ def serve(
         api_key_file=api_key_file,
         insecure=insecure,
         cors=cors or (),
-        name=name,
+        names=name or (),
         context=context,
         sequences=parallel,
         threads=threads,

@@ -49,9 +49,13 @@ class _Chunks:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, prefix: str, model: str, *, wants_usage: bool) -> None:
-        name = f"{prefix}-{secrets.token_hex(12)}"
-        self._head = {"id": name, "created": int(time.time()), "model": model}
+    def __init__(self, prefix: str, service: Service, *, wants_usage: bool) -> None:
+        self._head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.name,
+            "system_fingerprint": service.fingerprint,
+        }
         self._wants_usage = wants_usage
 
     def choice(self, delta: Delta) -> dict[str, Any]:
@@ -92,7 +96,7 @@ class ChatLayout(_Chunks):
         """logprobs  wanted
         tools     what an answer may call
         """
-        super().__init__("chatcmpl", service.name, wants_usage=wants_usage)
+        super().__init__("chatcmpl", service, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._tools = tools
@@ -192,7 +196,7 @@ class TextLayout(_Chunks):
         """logprobs  wanted
         before    what each answer begins with: its prompt, or nothing
         """
-        super().__init__("cmpl", service.name, wants_usage=wants_usage)
+        super().__init__("cmpl", service, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._before = before

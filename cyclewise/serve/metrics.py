@@ -12,7 +12,7 @@ from cyclewise.engine.scheduler import Numbers
 
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/tokenize",
-    "/detokenize", "/health", "/ready", "/metrics",
+    "/detokenize", "/health", "/ready", "/metrics", "/openapi.json",
 )  # fmt: skip
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)
@@ -75,7 +75,9 @@ class Metrics:
 
     def count_request(self, path: str, status: int) -> None:
         """status  0: the client left before there was one"""
-        route = next((route for route in ROUTES if path == route), "other")
+        route = next(
+            (route for route in ROUTES if path in (route, route.removeprefix("/v1"))), "other"
+        )
         self._requests.labels(route, status or "none").inc()
 
     def text(self) -> bytes:

@@ -53,6 +53,7 @@ class TextFormat(Fields):
 
 class JsonFormat(Fields):
     type: Literal["json_object"]
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")  # not of OpenAI's API
 
 
 class SchemaFormat(Fields):
@@ -66,7 +67,7 @@ Format = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="
 class Sampling(Fields):
     """What requests for text have in common."""
 
-    model: str
+    model: str | None = None  # None: the one that is served
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -109,12 +110,14 @@ class Sampling(Fields):
     def schema_text(self) -> str | None:
         """The schema of the answer."""
         match self.response_format:
-            case JsonFormat():
+            case JsonFormat(json_schema=None):
                 return '{"type": "object"}'
-            case SchemaFormat(json_schema=wanted):
-                if wanted.json_schema is None:
+            case JsonFormat(json_schema=wanted):
+                return json.dumps(wanted)
+            case SchemaFormat(json_schema=named):
+                if named.json_schema is None:
                     raise bad("the schema is missing", "response_format.json_schema.schema")
-                return json.dumps(wanted.json_schema)
+                return json.dumps(named.json_schema)
             case _:
                 return None
 
@@ -195,6 +198,13 @@ Message = Annotated[
 ]
 
 
+class Prediction(Fields):
+    """What much of the answer may be: a hint that changes no token."""
+
+    type: Literal["content"]
+    content: Content
+
+
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`"""
 
@@ -206,6 +216,10 @@ class ChatRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+
+    # taken, and without effect
+    prediction: Prediction | None = None
+    verbosity: Literal["medium"] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -261,6 +275,11 @@ class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+
+    # as llama.cpp's server has them
+    content: str | None = None  # a text without what begins and ends a prompt
+    add_special: bool | None = None
+    with_pieces: bool | None = None
 
 
 class DetokenizeRequest(Fields):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cyclewise.serve.service import Delta
 
 
-class TextFormat(Fields):
+class OutputFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -31,7 +31,7 @@ class TextFormat(Fields):
 
 
 class TextOptions(Fields):
-    format: TextFormat | None = None
+    format: OutputFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -62,7 +62,9 @@ class Item(Fields):
 
 
 class ResponsesRequest(Fields):
-    model: str
+    """`POST /v1/responses`"""
+
+    model: str | None = None
     input: str | Annotated[list[Item], Field(min_length=1, max_length=4096, fail_fast=True)]
     instructions: str | None = None
     stream: bool | None = None
@@ -164,9 +166,10 @@ class ResponseLayout:
 
     end = b""
 
-    def __init__(self, asked: ResponsesRequest, names: Sequence[str]) -> None:
+    def __init__(self, asked: ResponsesRequest, model: str, names: Sequence[str]) -> None:
         """names  of what may be called"""
         self._asked = asked
+        self._model = model
         self._calls = ToolCalls(names) if names and asked.tool_choice != "none" else None
         self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
@@ -292,6 +295,7 @@ class ResponseLayout:
             "object": "response",
             "created_at": self._created,
             "status": status,
+            "model": self._model,
             "error": None,
             "incomplete_details": reason,
             "output": list(self._items),

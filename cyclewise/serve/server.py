@@ -41,7 +41,7 @@ class Settings:
     api_key_file: Path | None = None
     insecure: bool = False  # a public address without keys
     cors: Sequence[str] = ()
-    name: str | None = None  # of the model; None: as it was asked for
+    names: Sequence[str] = ()  # of the model; none: as it was asked for
     context: int | None = None  # most tokens of a request; None: the model's own, at most 4096
     sequences: int = SEQUENCES
     threads: int | None = None
@@ -85,13 +85,13 @@ def load(model: str, settings: Settings) -> Service:
         path, context=settings.context, threads=settings.threads, sequences=settings.sequences
     )
     try:
-        return _service(settings.name or _name(model), loaded)
+        return _service(settings.names or [_name(model)], loaded)
     except BaseException:
         loaded.close()
         raise
 
 
-def _service(name: str, loaded: Model) -> Service:
+def _service(names: Sequence[str], loaded: Model) -> Service:
     from cyclewise.engine.engine import Engine
     from cyclewise.serve.service import Service
     from cyclewise.text.process import TextProcess
@@ -103,8 +103,9 @@ def _service(name: str, loaded: Model) -> Service:
     try:
         prompts.encode("").result()  # it has read the model by then
         return Service(
-            name, Engine(loaded), tokenizer, prompts,
-            template=template if isinstance(template, str) else None, on_close=loaded.close,
+            names[0], Engine(loaded), tokenizer, prompts,
+            template=template if isinstance(template, str) else None, aliases=names[1:],
+            on_close=loaded.close,
         )  # fmt: skip
     except BaseException:
         prompts.close()
@@ -141,6 +142,7 @@ def _run(service: Service, settings: Settings, keys: Keys, listener: socket.sock
     from cyclewise.serve.security import is_loopback
 
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left
     local_only = is_loopback(settings.host) and not keys
     app = make_app(service, keys, local_only=local_only, cors=settings.cors)
     config = uvicorn.Config(

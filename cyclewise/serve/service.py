@@ -15,9 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cyclewise import __version__
 from cyclewise.engine.job import Event, Job
 from cyclewise.engine.runner import Runner
 from cyclewise.errors import ContextLengthError, CyclewiseError, OverloadedError
+from cyclewise.machine.kernels.target import host_target
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.metrics import Metrics
 from cyclewise.serve.tools import in_words
@@ -40,7 +42,7 @@ _MAX_MAKING = 16  # structures that wait to be made
 class Prompts(Protocol):
     """Who makes token ids of prompts: `text/process.py`."""
 
-    def encode(self, text: str) -> Future[list[int]]: ...
+    def encode(self, text: str, *, add_special: bool = True) -> Future[list[int]]: ...
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
@@ -83,14 +85,19 @@ class Service:
         prompts: Prompts,
         *,
         template: str | None,
+        aliases: Sequence[str] = (),
         limits: Limits | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        """name      of the model, as requests must say it
+        """name      of the model
         template  the model's chat template, where its file has one
+        aliases   other names that requests may call it
         on_close  called at the end, when nothing runs any more
         """
         self.name = name
+        self.aliases = tuple(aliases)
+        self.fingerprint = f"b{__version__}-{host_target().name}"
+        """The same seed gives the same text where this is the same."""
         self.created = int(time.time())
         self.engine = engine
         self.tokenizer = tokenizer
@@ -117,10 +124,10 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError unless the model is the one that is served."""
-        if name is not None and name != self.name:
+        if name not in (None, self.name, *self.aliases):
             raise RequestError(
                 404,
-                f"there is no model {name[:200]!r} here, but {self.name!r}",
+                f"there is no model {(name or '')[:200]!r} here, but {self.name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -53,12 +53,12 @@ class TextProcess:
         self._closed = False
         self._child = _Child(path)
 
-    def encode(self, text: str) -> Future[list[int]]:
+    def encode(self, text: str, *, add_special: bool = True) -> Future[list[int]]:
         """The ids of a text, as `Tokenizer.encode` makes them: the future has them, or the error.
 
         Raises OverloadedError if too many prompts are under way.
         """
-        return self._ask({"text": text})
+        return self._ask({"text": text, "add_special": add_special})
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
@@ -231,7 +231,7 @@ class _Reader:
 
     def _encode(self, request: dict[str, Any]) -> list[int]:
         if "text" in request:
-            return self._tokenizer.encode(request["text"])
+            return self._tokenizer.encode(request["text"], add_special=request["add_special"])
         with self._lock:
             if self._template is None:
                 from cyclewise.text.chat import ChatTemplate

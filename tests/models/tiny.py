@@ -230,7 +230,7 @@ def twin(tiny: Tiny, tensors: dict[str, Tensor]) -> naive.Transformer:
 # stories260K: the format of github.com/karpathy/llama2.c, version 0
 
 
-def write_stories(source: Path, path: Path) -> None:
+def write_stories(source: Path, path: Path, metadata: dict[str, Any] | None = None) -> None:
     """Writes llama2.c's checkpoint as a GGUF file."""
     raw = source.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, context = np.frombuffer(raw, np.int32, 7).tolist()
@@ -260,14 +260,37 @@ def write_stories(source: Path, path: Path) -> None:
         layers=layers, vocab=vocab, context=context,
     )  # fmt: skip
     tensors = {f"{name}.weight": (array.view(np.uint8), "F32") for name, array in parts.items()}
-    write_file(path, tiny, tensors)
+    write_file(path, tiny, tensors, metadata)
 
 
 def read_pieces(source: Path) -> list[bytes]:
     """The pieces of llama2.c's tokenizer file."""
+    return [piece for piece, _ in _scored_pieces(source)]
+
+
+def stories_vocabulary(source: Path) -> dict[str, Any]:
+    """llama2.c's tokenizer file as a GGUF file's metadata."""
+    pieces, scores = zip(*_scored_pieces(source), strict=True)
+    spelled = [piece.decode().replace(" ", "\u2581") for piece in pieces]
+    spelled[1:3] = "<s>", "</s>"
+    byte, control, unknown = 6, 3, 2
+    types = [byte if re.fullmatch("<0x..>", piece) else 1 for piece in spelled]
+    types[:3] = unknown, control, control
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": spelled,
+        "tokenizer.ggml.scores": list(scores),
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+
+
+def _scored_pieces(source: Path) -> list[tuple[bytes, float]]:
     raw, at, pieces = source.read_bytes(), 4, []
     while at < len(raw):
+        score = float(np.frombuffer(raw, np.float32, 1, at)[0])
         size = int(np.frombuffer(raw, np.int32, 1, at + 4)[0])
-        pieces.append(raw[at + 8 : at + 8 + size])
+        pieces.append((raw[at + 8 : at + 8 + size], score))
         at += 8 + size
     return pieces

@@ -163,7 +163,23 @@ def test_tokens(toy):
     answer = toy.post("/tokenize", prompt="hi").json()
     assert answer == {"count": 3, "max_model_len": 256, "tokens": [256, 104, 105]}
     assert toy.post("/tokenize", messages=MESSAGES).json()["count"] == 7
-    assert toy.post("/detokenize", tokens=answer["tokens"]).json() == {"prompt": "hi"}
+    assert toy.post("/detokenize", tokens=answer["tokens"]).json() == {
+        "prompt": "hi",
+        "content": "hi",
+    }
+    plain = {"count": 2, "max_model_len": 256, "tokens": [104, 105]}
+    assert toy.post("/tokenize", content="hi").json() == plain
+    assert toy.post("/tokenize", content="hi", add_special=True).json() == answer
+    assert toy.post("/tokenize", prompt="hi", add_special=False).json() == plain
+    pieces = toy.post("/tokenize", content="h\u00e4", with_pieces=True).json()["tokens"]
+    assert pieces == [
+        {"id": 104, "piece": "h"},
+        {"id": 0xC3, "piece": [0xC3]},
+        {"id": 0xA4, "piece": [0xA4]},
+    ]
+    assert error_of(toy.post("/tokenize", prompt="a", content="a"), 400)["param"] == "prompt"
+    fields = {"messages": MESSAGES, "add_special": True}
+    assert error_of(toy.post("/tokenize", **fields), 400)["param"] == "add_special"
     assert error_of(toy.post("/detokenize", tokens=[1000]), 400)["param"] == "tokens"
     assert error_of(toy.post("/tokenize"), 400)["param"] == "prompt"
 

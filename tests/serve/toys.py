@@ -34,8 +34,8 @@ class InlinePrompts:
         self.asked = []
         self.error = None
 
-    def encode(self, text):
-        return self._done(self.tokenizer.encode(text))
+    def encode(self, text, *, add_special=True):
+        return self._done(self.tokenizer.encode(text, add_special=add_special))
 
     def encode_chat(self, messages, **variables):
         self.asked.append((messages, variables))
