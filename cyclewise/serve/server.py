@@ -11,6 +11,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from cyclewise.engine.request import check_integer, check_number
 from cyclewise.errors import CyclewiseError, InvalidParameterError
 
 if TYPE_CHECKING:
+    import uvicorn
+    from starlette.types import ASGIApp
+
     from cyclewise.models import Model
     from cyclewise.serve.security import Keys
     from cyclewise.serve.service import Service
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 SEQUENCES = 8
 """Requests of the whole context that the KV cache holds at once."""
 _HEADER_BYTES = 64 << 10  # beyond which a connection is closed
-_MAX_CONNECTIONS = 1000  # more are told to come again
+_FILES = 4096  # that the process may have open, where the system lets it
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,8 @@ def _name(model: str) -> str:
 
 
 def _socket(host: str, port: int) -> socket.socket:
+    from cyclewise.serve.connection import SEND_BUFFER
+
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -126,6 +132,7 @@ def _socket(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             listener.bind(address)
         except OSError:
             listener.close()
@@ -133,6 +140,39 @@ def _socket(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise InvalidParameterError(f"cannot listen at {host} port {port}: {error}") from None
     return listener
+
+
+def uvicorn_config(app: ASGIApp, drain: float) -> uvicorn.Config:
+    """How uvicorn is to serve the application."""
+    import uvicorn
+
+    from cyclewise.serve.connection import Connection
+
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # what no client can bring about
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_HEADER_BYTES,
+        timeout_graceful_shutdown=max(1, round(drain)),
+    )
+
+
+def _allow_files() -> None:
+    """Let the process have a file open for each connection."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _run(service: Service, settings: Settings, keys: Keys, listener: socket.socket) -> None:
@@ -145,20 +185,8 @@ def _run(service: Service, settings: Settings, keys: Keys, listener: socket.sock
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have left
     local_only = is_loopback(settings.host) and not keys
     app = make_app(service, keys, local_only=local_only, cors=settings.cors)
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # what no client can bring about
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=_MAX_CONNECTIONS,
-        h11_max_incomplete_event_size=_HEADER_BYTES,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
-    )
+    _allow_files()
+    config = uvicorn_config(app, settings.drain)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
 

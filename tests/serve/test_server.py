@@ -8,20 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from cyclewise.errors import CyclewiseError
 from cyclewise.serve.server import Settings, serve
 from tests.models.tiny import Tiny, make_tensors, write_file
 from tests.serve.test_tools import CITY, CLOCK, WEATHER
-from tests.serve.toys import WAIT, Toy, wait_until
+from tests.serve.toys import WAIT, Running, Toy, wait_until
 from tests.text.vocabularies import byte_level
 
 KEY = "a-key-of-sufficient-length"
@@ -232,25 +230,6 @@ def test_the_end_does_not_wait_for_ever(path):
 
 
 # Clients that leave, on a toy whose steps are counted
-
-
-class Running:
-    """A toy at a real socket, in a thread."""
-
-    def __init__(self, toy):
-        self.toy = toy
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(toy.app, http="h11", ws="none", lifespan="off", log_config=None)
-        self.server = uvicorn.Server(config)
-        serve = self.server.serve([listener])
-        self.thread = threading.Thread(target=asyncio.run, args=(serve,))
-        self.thread.start()
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join(WAIT)
-        self.toy.close()
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 import time
 from concurrent.futures import Future
 
 import httpx
+import uvicorn
 
 from cyclewise.engine.engine import Engine
 from cyclewise.serve.app import make_app
+from cyclewise.serve.server import uvicorn_config
 from cyclewise.serve.service import Service
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer
 
@@ -93,6 +97,25 @@ class Toy:
 
     def close(self):
         self.service.close()
+
+
+class Running:
+    """A toy at a real socket, in a thread."""
+
+    def __init__(self, toy):
+        self.toy = toy
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
+        self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.server = uvicorn.Server(uvicorn_config(toy.app, 30))
+        serve = self.server.serve([listener])
+        self.thread = threading.Thread(target=asyncio.run, args=(serve,))
+        self.thread.start()
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(WAIT)
+        self.toy.close()
 
 
 def events(answer):
