@@ -45,14 +45,18 @@ class Request:
         return len(self.token_ids) - self.num_done
 
 
-def schedule(requests: list[Request], max_tokens: int) -> Batch:
-    """Fill one step with tokens of the requests, first come, first served."""
+def schedule(
+    requests: list[Request], max_tokens: int, counts: SequenceOf[int] | None = None
+) -> Batch:
+    """Fill one step with tokens of the requests: as many of each as `counts` says, or first come,
+    first served.
+    """
     token_ids: list[npt.NDArray[np.int32]] = []
     chunks: list[Chunk] = []
     logit_rows: list[int] = []
     start = 0
-    for request in requests:
-        count = min(request.num_left, max_tokens - start)
+    for i, request in enumerate(requests):
+        count = min(request.num_left, max_tokens - start) if counts is None else counts[i]
         if count == 0:
             continue
         first = request.num_done
@@ -126,16 +130,16 @@ class Engine:
         return Request(sequence, checked, logits)
 
     def step(
-        self, requests: list[Request], max_tokens: int | None = None
+        self, requests: list[Request], counts: SequenceOf[int] | None = None
     ) -> npt.NDArray[np.float32]:
         """Run one step of requests whose pages are reserved, and note what of each is done.
 
-        max_tokens  of the step, at most those of the machine; None: those
+        counts  tokens of each, at least one; None: as many as the machine takes
 
         Returns the logits (logit rows, vocab_size) in the order of the requests, valid until the
         next step.
         """
-        batch = schedule(requests, max_tokens or self.machine.max_batch_tokens)
+        batch = schedule(requests, self.machine.max_batch_tokens, counts)
         logits = self.machine.step(batch.token_ids, batch.chunks, batch.logit_rows)
         running = (request for request in requests if request.num_left)
         for chunk, request in zip(batch.chunks, running, strict=False):

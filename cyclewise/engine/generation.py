@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cyclewise.engine.engine import Engine, Request
+from cyclewise.engine.engine import Engine, Logits, Request
 from cyclewise.engine.kvcache import Sequence
-from cyclewise.engine.logprobs import Score, score
+from cyclewise.engine.logprobs import PromptScores, Score, score
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import REPETITION_WINDOW, Sampler, Structure
 
@@ -40,6 +40,7 @@ class Generation:
         params: SamplingParams,
         stop_ids: frozenset[int],
         structure: Structure | None = None,
+        scored: PromptScores | None = None,
     ) -> None:
         """Reserve room for what is left of a prompt; nothing runs yet.
 
@@ -47,6 +48,8 @@ class Generation:
         token_ids  the rest of the prompt, at least one token
         stop_ids   tokens that end the generation and are no part of it
         structure  what its tokens must spell; its own
+        scored     of the prompt, where that is asked for: steps bring all rows of logits until it
+                   is complete
 
         Raises ContextLengthError if the prompt does not fit.
         """
@@ -56,7 +59,8 @@ class Generation:
         self.num_guessed = 0  # tokens that steps have verified
         self.num_accepted = 0  # those of them that came true
         self.scores: list[Score] = []  # of each token generated, if `params.logprobs` asks for it
-        self.request = engine.request(sequence, token_ids)  # what the next steps run
+        self.scored = scored
+        self.request = engine.request(sequence, token_ids, self._wanted)  # the next steps run it
         self._engine = engine
         self._max_tokens = params.max_tokens
         self._num_top = params.logprobs
@@ -88,8 +92,15 @@ class Generation:
     def resume(self) -> None:
         """Begin again after `suspend`, with those pages that can be found; none is reserved."""
         token_ids = self.request.token_ids
-        self.sequence.reuse(token_ids.tolist())
-        self.request = Request(self.sequence, token_ids[len(self.sequence) :], "last")
+        known: SequenceOf[int] = token_ids.tolist()
+        if self.scored is not None:
+            known = self.scored.cacheable(known)
+        self.sequence.reuse(known)
+        self.request = Request(self.sequence, token_ids[len(self.sequence) :], self._wanted)
+
+    @property
+    def _wanted(self) -> Logits:
+        return "last" if self.scored is None or self.scored.is_complete else "all"
 
     def fork(self, params: SamplingParams, structure: Structure | None = None) -> Generation:
         """Another answer to the same prompt, when a step has completed that and before the first
@@ -138,7 +149,8 @@ class Generation:
         return 1 + len(self._drafted)
 
     def accept(self, logits: npt.NDArray[np.float32]) -> list[int]:
-        """Choose the next tokens, at least one unless the first ends the generation.
+        """Choose the next tokens, at least one unless the first ends the generation or none is to
+        be chosen.
 
         logits  (num_rows, vocab_size): those that follow the request's last token that was not
                 guessed, and those that follow each that was
@@ -148,6 +160,9 @@ class Generation:
         a draft that is certain of its tokens). The sequence forgets the rest.
         """
         sequence = self.sequence
+        if self._max_tokens == 0:
+            self.finish_reason = "length"
+            return []
         first = len(sequence) - len(self._drafted)  # tokens before the one to choose
         token_ids = sequence.token_ids[max(0, first - REPETITION_WINDOW) : first]
         chosen: list[int] = []

@@ -42,6 +42,10 @@ class Job:
     # set by the scheduler
     times: Times = field(default_factory=Times, init=False)
     reused_tokens: int = field(default=0, init=False)  # of the prompt, those not evaluated
+    prompt_scores: list[Score] = field(default_factory=list, init=False)
+    """If `params.prompt_logprobs` asks for them: of all tokens of the prompt but the first, when an
+    answer has its first event.
+    """
 
 
 @dataclass(frozen=True, slots=True)

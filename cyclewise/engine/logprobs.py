@@ -2,14 +2,14 @@
 
 Rows of logits come in as the machine gave them, so these are probabilities of the model's own
 distribution: before bias, penalties, structure, filters and temperature. `generation.py` asks for
-those of chosen tokens, `llm.py` for those of a prompt.
+those of chosen tokens, `llm.py` and `scheduler.py` for those of a prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,8 @@ from cyclewise.engine.sampler import greatest, require_finite
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-_STEP = 64  # tokens of a prompt whose rows of logits are held at once
+SCORED_TOKENS = 64
+"""Tokens of a prompt whose rows of logits are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,39 @@ def score_prompt(
 
     sequence  empty; afterwards it holds the prompt without its last token
     """
-    for start in range(0, len(token_ids) - 1, _STEP):
-        following = token_ids[start + 1 : start + 1 + _STEP]
+    for start in range(0, len(token_ids) - 1, SCORED_TOKENS):
+        following = token_ids[start + 1 : start + 1 + SCORED_TOKENS]
         rows = engine.evaluate(sequence, token_ids[start : start + len(following)], "all")
         for row, token_id in zip(rows, following, strict=True):
             yield score(row, token_id, num_top)
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """The scores of all tokens of a prompt but the first, while its rows of logits come in.
+
+    Each is taken once, also where a prompt is evaluated again.
+    """
+
+    token_ids: SequenceOf[int]  # the prompt
+    num_top: int
+    scores: list[Score] = field(default_factory=list)  # so far
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.scores) + 1 >= len(self.token_ids)
+
+    def cacheable(self, token_ids: SequenceOf[int]) -> SequenceOf[int]:
+        """Of tokens that begin with the prompt, those that lead to no row that is still wanted but
+        the last one's: what `Sequence.reuse` may look for.
+        """
+        return token_ids if self.is_complete else token_ids[: len(self.scores) + 1]
+
+    def take(self, rows: npt.NDArray[np.float32], end: int) -> None:
+        """rows  (tokens, vocab_size): of so many tokens before the one at `end`
+
+        Raises CyclewiseError if the logits are not numbers.
+        """
+        for place, row in enumerate(rows, end - len(rows)):
+            if place == len(self.scores) and not self.is_complete:
+                self.scores.append(score(row, int(self.token_ids[place + 1]), self.num_top))

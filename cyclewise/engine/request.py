@@ -66,7 +66,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id: added to its logit
     seed: int | None = None  # same seed, same text; None: a fresh one each time
     n: int = 1  # answers to one prompt; the i-th from 0 on is that of seed + i
-    max_tokens: int | None = 512  # None: until the model stops or the context is full
+    max_tokens: int | None = 512
+    """None: until the model stops or the context is full. 0: no answer, for `prompt_logprobs`."""
     stop: Sequence[str] = ()  # text that ends the answer, and is not part of it; kept as a tuple
     stop_token_ids: Sequence[int] = ()  # tokens that end it as well; kept as a tuple
     ignore_eos: bool = False  # go on after the end-of-turn token
@@ -111,7 +112,7 @@ class SamplingParams:
             check_integer("seed", self.seed, 0, 2**64 - 1, "None draws a fresh one")
         check_integer("n", self.n, 1, MAX_ANSWERS, "the number of answers")
         if self.max_tokens is not None:
-            check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1, "None is no limit")
+            check_integer("max_tokens", self.max_tokens, 0, 2**31 - 1, "None is no limit")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         for text in stop:
             if not isinstance(text, str) or not text:

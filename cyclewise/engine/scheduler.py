@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cyclewise.engine.generation import Generation
 from cyclewise.engine.job import Event, Job
+from cyclewise.engine.logprobs import SCORED_TOKENS, PromptScores
 from cyclewise.engine.pace import Pace
 from cyclewise.engine.request import check_integer
 from cyclewise.errors import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from cyclewise.engine.engine import Engine
+    from cyclewise.engine.request import SamplingParams
 
 AGEING_SECONDS = 10.0
 """How much earlier a job seems to have come for each step of its priority."""
@@ -105,6 +107,12 @@ class _Answer:
         assert self.generation is not None
         return self.generation.request.num_left
 
+    @property
+    def wants_rows(self) -> bool:
+        """Whether each of them brings a row of logits."""
+        assert self.generation is not None
+        return self.generation.request.logits == "all"
+
 
 @dataclass(slots=True, eq=False)
 class _Open:
@@ -113,15 +121,16 @@ class _Open:
     answers: list[_Answer]
     pages: int  # that it may come to need
     queued: int  # tokens of its prompt that are still to be evaluated
+    scored: PromptScores | None  # where those of its prompt are asked for
 
 
 @dataclass(slots=True)
 class _Plan:
     """A step."""
 
-    num_decoding: int = 0
-    num_tokens: int = 0
-    answers: list[_Answer] = field(default_factory=list)  # those that decode come first
+    num_decoding: int
+    answers: list[_Answer]  # those that decode come first
+    counts: list[int]  # tokens of each
 
 
 class Scheduler:
@@ -167,7 +176,7 @@ class Scheduler:
         assert job.times.queued is None
         self._check(job)
         size, params = self._engine.pool.page_tokens, job.params
-        length = len(job.prompt_ids) + (params.max_tokens or self._engine.context)
+        length = len(job.prompt_ids) + self._most_tokens(params)
         shared = len(job.prompt_ids) // size
         own = -(-min(length, self._engine.context) // size) - shared
         pages = shared + params.n * own
@@ -185,7 +194,10 @@ class Scheduler:
         now = job.times.queued = self.clock()
         seeming = now - job.priority * AGEING_SECONDS
         answers = [_Answer(job, index, (seeming, number, index)) for index in range(params.n)]
-        self._arrivals.append((job, _Open(answers, pages, len(job.prompt_ids))))
+        scored = None
+        if params.prompt_logprobs is not None:
+            scored = PromptScores(job.prompt_ids, params.prompt_logprobs, job.prompt_scores)
+        self._arrivals.append((job, _Open(answers, pages, len(job.prompt_ids), scored)))
 
     def cancel(self, job: Job, index: int | None = None) -> None:
         """End an answer of a job, or all, before the next step. What has ended is left alone."""
@@ -246,16 +258,19 @@ class Scheduler:
         check_integer(
             "priority", job.priority, -MAX_PRIORITY, MAX_PRIORITY, "a greater one goes first"
         )
-        if params.prompt_logprobs is not None:
-            raise InvalidParameterError("prompt_logprobs is not supported of jobs")
         if len(job.structures) not in (0, params.n):
             raise InvalidParameterError(f"{len(job.structures)} structures for {params.n} answers")
-        if len(job.prompt_ids) + 1 > self._engine.context:
+        least = 0 if params.max_tokens == 0 else 1
+        if len(job.prompt_ids) + least > self._engine.context:
             raise ContextLengthError(
-                f"the prompt has {len(job.prompt_ids)} tokens, and with one token of an answer the "
+                f"the prompt has {len(job.prompt_ids)} tokens, and with {least} of an answer the "
                 f"context of {self._engine.context} does not hold them: shorten it, or load the "
                 f"model with a larger `context`"
             )
+
+    def _most_tokens(self, params: SamplingParams) -> int:
+        """Of an answer."""
+        return self._engine.context if params.max_tokens is None else params.max_tokens
 
     def _reason_against(self, pages: int, num_tokens: int) -> str | None:
         """Why no job of so many pages and tokens of a prompt can be taken on now."""
@@ -305,19 +320,22 @@ class Scheduler:
                 break  # and so are all that rank behind it
             generation.reserve()
         decoding = [answer for answer in running if answer.num_left == 1]
-        plan = _Plan(len(decoding), len(decoding), decoding)
+        plan = _Plan(len(decoding), decoding, [1] * len(decoding))
         prompts = [answer for answer in running if answer.num_left > 1]
         if not (prompts or self._waiting):
             return plan
-        room = self._pace.chunk(len(decoding))
-        while room:
+        room, rows = self._pace.chunk(len(decoding)), SCORED_TOKENS
+        while room and rows:
             prompt = prompts.pop(0) if prompts else self._begin()
             if prompt is None:
                 break
             count = min(room, prompt.num_left)
+            if prompt.wants_rows:
+                count = min(count, rows)
+                rows -= count
             room -= count
-            plan.num_tokens += count
             plan.answers.append(prompt)
+            plan.counts.append(count)
         return plan
 
     def _begin(self) -> _Answer | None:
@@ -347,15 +365,15 @@ class Scheduler:
 
     def _new_generation(self, answer: _Answer, spare: int) -> Generation | None:
         job, engine = answer.job, self._engine
-        sequence = engine.new_sequence(job.adapter, job.salt)
-        sequence.reuse(job.prompt_ids)
+        sequence, scored = engine.new_sequence(job.adapter, job.salt), self._open[job].scored
+        sequence.reuse(job.prompt_ids if scored is None else scored.cacheable(job.prompt_ids))
         if sequence.num_missing(len(job.prompt_ids)) + spare > engine.pool.num_free:
             engine.free(sequence)
             return None
         reused = len(sequence)
         generation = Generation(
             engine, sequence, job.prompt_ids[reused:], job.params.of_answer(answer.index),
-            job.stop_ids, job.structures[answer.index] if job.structures else None,
+            job.stop_ids, job.structures[answer.index] if job.structures else None, scored,
         )  # fmt: skip
         if job.times.started is None:
             job.times.started = self.clock()
@@ -381,9 +399,9 @@ class Scheduler:
     def _run(self, plan: _Plan) -> None:
         requests = [a.generation.request for a in plan.answers if a.generation is not None]
         begin = self.clock()
-        before = [request.num_left for request in requests]
+        all_rows = [answer.wants_rows for answer in plan.answers]
         try:
-            logits = self._engine.step(requests, plan.num_tokens)
+            logits = self._engine.step(requests, plan.counts)
         except Exception as error:
             failure = EngineError(f"a step of the engine failed: {error}")
             failure.__cause__ = error
@@ -391,19 +409,34 @@ class Scheduler:
                 if job in self._open:
                     self._fail(job, failure)
             return
+        complete, scored, row = [], [], 0
+        for answer, count, wants_rows in zip(plan.answers, plan.counts, all_rows, strict=True):
+            self._evaluated(answer.job, count)
+            is_complete = not answer.num_left
+            rows = logits[row : row + (count if wants_rows else is_complete)]
+            row += len(rows)
+            if is_complete:
+                complete.append((answer, rows[-1:]))
+            if wants_rows:
+                scored.append((answer, rows))
+        for answer, rows in scored:
+            self._score_prompt(answer, rows)
         now = self.clock()
         self._numbers.steps += 1
         self._numbers.step_seconds += now - begin
-        self._pace.note(plan.num_decoding, plan.num_tokens - plan.num_decoding, now - begin)
-        complete = []
-        for answer, request, num_left in zip(plan.answers, requests, before, strict=True):
-            self._evaluated(answer.job, num_left - request.num_left)
-            if not request.num_left:
-                complete.append(answer)
-        for row, answer in enumerate(complete):
+        self._pace.note(plan.num_decoding, sum(plan.counts) - plan.num_decoding, now - begin)
+        for answer, rows in complete:
             for each in [answer, *self._fork(answer)]:
                 if each.state == "running":  # its job may have failed with another of its answers
-                    self._accept(each, logits[row : row + 1], now)
+                    self._accept(each, rows, now)
+
+    def _score_prompt(self, answer: _Answer, rows: npt.NDArray[np.float32]) -> None:
+        generation = answer.generation
+        assert generation is not None and generation.scored is not None
+        try:
+            generation.scored.take(rows, len(generation.sequence))
+        except CyclewiseError as error:
+            self._fail(answer.job, error)
 
     def _fork(self, answer: _Answer) -> list[_Answer]:
         """The other answers of a job whose prompt has just been evaluated."""
@@ -495,7 +528,7 @@ class Scheduler:
         the answer that ends first has ended.
         """
         left = [
-            (answer.job.params.max_tokens or self._engine.context) - answer.generation.num_generated
+            self._most_tokens(answer.job.params) - answer.generation.num_generated
             for answer in self._running
             if answer.generation is not None
         ]

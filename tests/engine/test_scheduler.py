@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cyclewise.engine.engine import Engine
 from cyclewise.engine.generation import Generation, advance
 from cyclewise.engine.job import Job
+from cyclewise.engine.logprobs import SCORED_TOKENS, score_prompt
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.scheduler import AGEING_SECONDS, Limits, Scheduler
 from cyclewise.errors import (
@@ -278,6 +279,88 @@ def test_the_second_waits_for_what_the_first_is_about_to_evaluate():
     assert second.reused_tokens == 40
 
 
+# Scores of prompts
+
+
+def prompt_scores(one):
+    engine = Engine(ToyModel(page_tokens=4))
+    sequence = engine.new_sequence(one.adapter)
+    return list(score_prompt(engine, sequence, one.prompt_ids, one.params.prompt_logprobs))
+
+
+@pytest.mark.parametrize("n, max_tokens", [(1, 6), (3, 6), (1, 0), (3, 0)])
+@pytest.mark.parametrize("count", [1, 2, 21])
+def test_scores_of_a_prompt(count, n, max_tokens):
+    bench = Bench(spare_pages=64)
+    values = {"n": n, "max_tokens": max_tokens, "prompt_logprobs": 2, "logprobs": 1}
+    jobs = [job(tokens(count), **values), job(tokens(30, 1)), job(tokens(count), **values)]
+    for each in jobs:  # the pages of the first could be found by the third
+        bench.submit(each)
+        bench.step()
+    bench.run().emptied()
+    check_answers(bench, jobs)
+    for each in (jobs[0], jobs[2]):
+        assert each.prompt_scores == prompt_scores(each)
+        assert each.reused_tokens == 0
+    assert jobs[1].prompt_scores == []
+    if not max_tokens:
+        assert bench.ends[jobs[0], n - 1] == "length" and not bench.tokens[jobs[0], n - 1]
+
+
+def test_few_rows_of_logits_at_once():
+    bench = Bench(context=400, max_batch_tokens=256, spare_pages=400)
+    jobs = [job(tokens(150, i), prompt_logprobs=0, max_tokens=1) for i in range(3)]
+    rows = []
+    inner = bench.machine.step
+
+    def step(token_ids, chunks, logit_rows):
+        rows.append(len(logit_rows))
+        return inner(token_ids, chunks, logit_rows)
+
+    bench.machine.step = step
+    bench.submit(*jobs)
+    bench.run().emptied()
+    assert max(rows) == SCORED_TOKENS
+    assert len(rows) <= 9
+
+
+def test_scores_come_once_though_the_prompt_is_evaluated_again():
+    bench = Bench(context=32, seconds=lambda count: 5 * count)
+    urgent, scored = (
+        job(tokens(5), max_tokens=24, priority=1), job(tokens(19, 1), prompt_logprobs=1, n=2),
+    )  # fmt: skip
+    bench.submit(urgent)
+    bench.step()
+    bench.step()
+    bench.submit(scored)
+    for _ in range(10):
+        bench.step()
+    assert bench.scheduler.numbers().preemptions == 1
+    assert 0 < len(scored.prompt_scores) < 18
+    bench.run().emptied()
+    check_answers(bench, [urgent, scored], 32)
+    assert scored.prompt_scores == prompt_scores(scored)
+    # whoever takes the prompt on goes on with what is still to be scored
+    bench = Bench()
+    bench.submit(scored := job(tokens(25, 1), prompt_logprobs=1, n=2))
+    bench.step()
+    bench.scheduler.cancel(scored, 0)
+    bench.run().emptied()
+    assert scored.prompt_scores == prompt_scores(scored)
+    assert bench.batches == [[8], [8], [8], [1], *[[1]] * 5]
+
+
+def test_a_prompt_whose_logits_are_no_numbers():
+    bench = Bench(
+        spare_pages=40, logits=lambda ids: np.full(VOCAB_SIZE, np.nan if 7 in ids else 1.0, "f4")
+    )
+    bad, good = job([1, 7, 2], prompt_logprobs=0, n=2), job([1, 2, 3], prompt_logprobs=0)
+    bench.submit(bad, good)
+    bench.run().emptied()
+    assert "not finite" in str(bench.ends[bad, 0]) and "not finite" in str(bench.ends[bad, 1])
+    assert bench.ends[good, 0] == "length" and len(good.prompt_scores) == 2
+
+
 # Fairness
 
 
@@ -447,7 +530,7 @@ def test_malformed_jobs():
     bench = Bench()
     for bad in (
         job([]), job([-1]), job([VOCAB_SIZE]), job(priority=11), job(logit_bias={VOCAB_SIZE: 1}),
-        job(prompt_logprobs=1), job(structures=[None], n=2),
+        job(structures=[None], n=2),
     ):  # fmt: skip
         with pytest.raises(InvalidParameterError):
             bench.submit(bad)
@@ -576,9 +659,10 @@ jobs_drawn = st.builds(
     n=st.sampled_from([1, 1, 1, 2, 3]),
     seed=st.integers(0, 3),
     temperature=st.sampled_from([0, 0.8, 2.0]),
-    max_tokens=st.sampled_from([1, 3, 8, 15, None]),
+    max_tokens=st.sampled_from([0, 1, 3, 8, 15, None]),
     frequency_penalty=st.sampled_from([0, 1.0]),
     logprobs=st.sampled_from([None, 1]),
+    prompt_logprobs=st.sampled_from([None, None, 1]),
     priority=st.sampled_from([0, 0, 0, 2, -2]),
     salt=st.sampled_from([b"", b"", b"x"]),
 )
@@ -620,11 +704,14 @@ def test_every_job_is_answered_once_and_as_if_it_were_alone(actions, spare, runn
         for index in range(one.params.n):
             key = one, index
             gained, scores, reason = alone(one, context, index)
+            scores_of_prompt = [] if one.params.prompt_logprobs is None else prompt_scores(one)
             if bench.ends[key] == "cancelled":
                 assert key in cancelled
+                assert one.prompt_scores == scores_of_prompt[: len(one.prompt_scores)]
                 count = len(bench.tokens[key])
                 assert bench.tokens[key] == gained[:count]
                 assert bench.scores[key] == scores[:count]
             else:
                 assert (bench.tokens[key], bench.scores[key]) == (gained, scores)
                 assert bench.ends[key] == reason
+                assert one.prompt_scores == scores_of_prompt
