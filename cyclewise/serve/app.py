@@ -10,6 +10,7 @@ of it, `server.py` starts and ends it.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -150,18 +151,14 @@ class _Routes:
 
     async def complete(self, request: Request) -> Response:
         asked = await self._read(request, protocol.CompletionRequest)
-        if asked.echo and asked.logprobs is not None:
-            raise bad("the logprobs of a prompt are not to be had: leave out echo or logprobs",
-                      "echo")  # fmt: skip
         if asked.best_of not in (None, asked.n or 1):
             raise bad("best_of must be n: all answers are returned", "best_of")
         params = protocol.sampling(asked, asked.logprobs)
         prompts = [await self._prompt(prompt) for prompt in asked.prompts]
-        before = [
-            self._echo(prompt) if asked.echo else ""
-            for prompt in asked.prompts
-            for _ in range(params.n)
-        ]
+        before = [""] * (len(prompts) * params.n)
+        if asked.echo:
+            before = [self._echo(prompt) for prompt in asked.prompts for _ in range(params.n)]
+            params = replace(params, prompt_logprobs=asked.logprobs)
         ask = self._ask(request, asked, prompts, params)
         layout = TextLayout(
             self._service,

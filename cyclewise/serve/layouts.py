@@ -15,7 +15,7 @@ from cyclewise.serve.tools import Said, ToolCalls
 
 if TYPE_CHECKING:
     from cyclewise.engine.logprobs import Score
-    from cyclewise.serve.service import Delta, Service
+    from cyclewise.serve.service import Delta, ScoredPrompt, Service
 
 _LEAST = -9999.0  # OpenAI's number for what is next to impossible
 
@@ -207,7 +207,12 @@ class TextLayout(_Chunks):
         if delta.index not in self._offsets:
             before = self._before[delta.index]
             self._offsets[delta.index] = len(before)
-        logprobs = self._tokens(delta) if self._logprobs else None
+        logprobs = None
+        if self._logprobs:
+            logprobs = self._tokens(delta)
+            if delta.prompt is not None:
+                first = self._prompt_tokens(delta.prompt, len(before))
+                logprobs = {name: first[name] + found for name, found in logprobs.items()}
         return {
             "index": delta.index,
             "text": before + delta.text,
@@ -220,18 +225,33 @@ class TextLayout(_Chunks):
             return []
         return [self.choice(delta)]
 
-    def _tokens(self, delta: Delta) -> dict[str, Any]:
-        show = self._service.tokenizer.show
-        tokens, offsets = [show(score.token_id) for score in delta.scores], []
+    def _tokens(self, delta: Delta) -> dict[str, list[Any]]:
+        tokens = [self._service.tokenizer.show(score.token_id) for score in delta.scores]
+        offsets = []
         for token in tokens:
             offsets.append(self._offsets[delta.index])
             self._offsets[delta.index] += len(token)
         return {
             "tokens": tokens,
             "token_logprobs": [max(score.logprob, _LEAST) for score in delta.scores],
-            "top_logprobs": [
-                {show(token_id): max(value, _LEAST) for token_id, value in reversed(score.top)}
-                for score in delta.scores
-            ],
+            "top_logprobs": [self._top(score) for score in delta.scores],
             "text_offset": offsets,
         }
+
+    def _prompt_tokens(self, prompt: ScoredPrompt, length: int) -> dict[str, list[Any]]:
+        """length  characters of the prompt's text"""
+        tokenizer, offsets, place = self._service.tokenizer, [], 0
+        reader = tokenizer.stream()
+        for token_id in prompt.token_ids:
+            offsets.append(min(place, length))
+            place += len(reader.push(token_id))
+        return {
+            "tokens": [tokenizer.show(token_id) for token_id in prompt.token_ids],
+            "token_logprobs": [None, *(max(score.logprob, _LEAST) for score in prompt.scores)],
+            "top_logprobs": [None, *(self._top(score) for score in prompt.scores)],
+            "text_offset": offsets,
+        }
+
+    def _top(self, score: Score) -> dict[str, float]:
+        show = self._service.tokenizer.show
+        return {show(token_id): max(value, _LEAST) for token_id, value in reversed(score.top)}

@@ -248,6 +248,7 @@ class CompletionRequest(Sampling):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
     )
+    max_tokens: int | None = Field(None, ge=0, le=_LARGEST)
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS)
@@ -256,6 +257,8 @@ class CompletionRequest(Sampling):
     @property
     def most_tokens(self) -> int:
         """Of an answer."""
+        if self.max_tokens == 0 and not self.echo:
+            raise bad("max_tokens may be 0 together with echo alone", "max_tokens")
         return 16 if self.max_tokens is None else self.max_tokens
 
     @property

@@ -64,6 +64,14 @@ class Ask:
     deadline: float | None = None  # by the runner's clock
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A prompt, and how likely its tokens were."""
+
+    token_ids: list[int]
+    scores: list[Score]  # of all but the first
+
+
 @dataclass(slots=True)
 class Delta:
     """What an answer has gained; the last one of an answer has a reason."""
@@ -71,6 +79,7 @@ class Delta:
     index: int  # of the answer; those to the first prompt come first
     text: str = ""
     scores: list[Score] = field(default_factory=list)
+    prompt: ScoredPrompt | None = None  # beside an answer's first, where it is asked for
     finish_reason: str | None = None  # "stop" or "length"
 
 
@@ -172,7 +181,7 @@ class Service:
     def _check_length(self, ask: Ask) -> None:
         longest = max(map(len, ask.prompts))
         wanted = ask.params.max_tokens
-        if longest + (wanted or 1) > self.engine.context:
+        if longest + (1 if wanted is None else wanted) > self.engine.context:
             answer = "" if wanted is None else f" and {wanted} of the answer"
             raise ContextLengthError(
                 f"this model's context holds {self.engine.context} tokens; you asked for {longest} "
@@ -234,6 +243,7 @@ class Exchange:
         self._open = dict.fromkeys(self._answers)  # that have not ended
         self._running: dict[Job, None] = {}  # that the engine has, as far as is known here
         self._last_times: dict[int, float] = {}  # when an answer got its last tokens
+        self._prompts_told: dict[int, None] = {}  # answers whose prompt has been given out
         self._end_time = 0.0
 
     @property
@@ -274,6 +284,7 @@ class Exchange:
                 one = whole[delta.index]
                 one.text += delta.text
                 one.scores += delta.scores
+                one.prompt = one.prompt or delta.prompt
                 one.finish_reason = delta.finish_reason
         return whole
 
@@ -326,7 +337,13 @@ class Exchange:
             text += answer.end()
             self._end(event, index)
         scores = event.scores[: len(answer.token_ids) - num_before]
-        return Delta(index, text, scores, reason)
+        return Delta(index, text, scores, self._scored_prompt(event.job, index), reason)
+
+    def _scored_prompt(self, job: Job, index: int) -> ScoredPrompt | None:
+        if job.params.prompt_logprobs is None or index in self._prompts_told:
+            return None
+        self._prompts_told[index] = None
+        return ScoredPrompt(list(job.prompt_ids), job.prompt_scores)
 
     def _end(self, event: Event, index: int) -> None:
         del self._open[index]

@@ -59,8 +59,14 @@ class Reply(Response):
             await asyncio.gather(writing, watching, return_exceptions=True)
 
     async def _write_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._layout.whole(await self._exchange.rest(), self._exchange.usage)
-        await Response(_json(answer), media_type="application/json")(scope, receive, send)
+        deltas = await self._exchange.rest()
+
+        def write() -> bytes:
+            return _json(self._layout.whole(deltas, self._exchange.usage))
+
+        scored = any(delta.prompt is not None for delta in deltas)  # then there may be much of it
+        body = await asyncio.to_thread(write) if scored else write()
+        await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _write_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})

@@ -320,7 +320,7 @@ def test_some_tokens_ruled_out():
         {"prompt_logprobs": 1001},
         {"seed": -1},
         {"seed": 2**64},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"stop": ("a", "")},
         {"stop": (1,)},
         {"ignore_eos": 1},

@@ -154,8 +154,7 @@ class ToyTokenizer:
     def show(self, token_id: int) -> str:
         return bytes([token_id]).decode(errors="replace") if token_id < 256 else f"<{token_id}>"
 
-    def stream(self, prompt_ids: list[int], *, exact: bool = False) -> ToyDetokenizer:
-        assert prompt_ids
+    def stream(self, prompt_ids: list[int] | None = None, *, exact: bool = False) -> ToyDetokenizer:
         return ToyDetokenizer()
 
 

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from tests.engine.toy import scripted
+from cyclewise.engine.engine import Engine
+from cyclewise.engine.logprobs import score_prompt
+from tests.engine.toy import ToyModel, scripted
 from tests.serve.toys import error_of, events
 
 CHAT = len("u:hi<end>a:") - len("<end>") + 1
@@ -120,6 +122,70 @@ def test_logprobs_of_a_text(make):
     chunks = events(toy.complete(temperature=0, logprobs=1, stream=True))
     offsets = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
     assert [offset for each in offsets for offset in each] == [0, 1, 2]
+
+
+def scores_of(toy, token_ids, num_top):
+    engine = Engine(ToyModel(context=256, page_tokens=4))
+    return list(score_prompt(engine, engine.new_sequence(), token_ids, num_top))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_logprobs_of_a_prompt(make, max_tokens, n):
+    toy = make()
+    texts = ["grün und blau " * 8, "x"]
+    values = {"echo": True, "logprobs": 2, "max_tokens": max_tokens, "n": n, "seed": 5}
+    for _ in range(2):  # the second time the cache holds it
+        body = toy.complete(texts, **values).json()
+        assert body["usage"]["completion_tokens"] == 2 * n * max_tokens
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+        for i, choice in enumerate(body["choices"]):
+            text = texts[i // n]
+            token_ids = toy.tokenizer.encode(text)
+            want = scores_of(toy, token_ids, 2)
+            found = choice["logprobs"]
+            assert choice["text"].startswith(text) and choice["finish_reason"] == "length"
+            assert {len(each) for each in found.values()} == {len(token_ids) + max_tokens}
+            assert found["tokens"][: len(token_ids)] == list(map(toy.tokenizer.show, token_ids))
+            assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+            count = len(token_ids)
+            assert found["token_logprobs"][1:count] == [score.logprob for score in want]
+            assert found["top_logprobs"][1:count] == [
+                {toy.tokenizer.show(token_id): value for token_id, value in reversed(score.top)}
+                for score in want
+            ]
+            # half a character begins where the whole one does
+            places = [
+                0,
+                *(len(text.encode()[:k].decode(errors="ignore")) for k in range(count - 1)),
+            ]
+            assert found["text_offset"][:count] == places
+            assert found["text_offset"][count : count + 1] in ([], [len(text)])
+        streamed = [{name: [] for name in found} for _ in body["choices"]]
+        for chunk in events(toy.complete(texts, stream=True, **values)):
+            (choice,) = chunk["choices"]
+            for name, values_ in choice["logprobs"].items():
+                streamed[choice["index"]][name] += values_
+        assert streamed == [choice["logprobs"] for choice in body["choices"]]
+    alone = toy.complete(texts, n=n, seed=5, logprobs=2, max_tokens=3).json()["choices"]
+    for choice, with_prompt in zip(alone, body["choices"], strict=True):
+        if max_tokens:
+            tail = with_prompt["logprobs"]["token_logprobs"][-max_tokens:]
+            assert choice["logprobs"]["token_logprobs"] == tail
+
+
+def test_no_answer_at_all(make):
+    toy = make(context=16)
+    token_ids = toy.tokenizer.encode("x" * 15)
+    for prompt in ("x" * 15, token_ids):  # as much as the context holds
+        choice = toy.complete(prompt, echo=True, max_tokens=0).json()["choices"][0]
+        assert choice == {
+            "index": 0, "text": "x" * 15, "logprobs": None, "finish_reason": "length"
+        }  # fmt: skip
+    assert error_of(toy.complete(max_tokens=0), 400)["param"] == "max_tokens"
+    assert error_of(toy.chat(max_tokens=0), 400)["param"] == "max_tokens"
+    long = error_of(toy.complete("x" * 16, echo=True, max_tokens=0), 400)
+    assert long["code"] == "context_length_exceeded"
 
 
 def test_extra_fields_and_openais_defaults(make):

@@ -97,7 +97,6 @@ def test_a_field_that_is_wrong(toy, fields, param):
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ["a"] * 2, "n": 65}, "n"),
-        ({"echo": True, "logprobs": 1}, "echo"),
         ({"best_of": 3}, "best_of"),
         ({"logprobs": 6}, "logprobs"),
         ({"suffix": "x"}, "suffix"),

@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from cyclewise.engine.request import SamplingParams
 from cyclewise.errors import CyclewiseError
+from cyclewise.llm import LLM
 from cyclewise.serve.server import Settings, serve
 from tests.models.tiny import Tiny, make_tensors, write_file
 from tests.serve.test_tools import CITY, CLOCK, WEATHER
@@ -97,6 +100,25 @@ def test_openais_client(client):
     assert len(text.choices[0].logprobs.tokens) == 3
     scored = client.chat.completions.create(**ASK, max_tokens=2, logprobs=True, top_logprobs=3)
     assert [len(token.top_logprobs) for token in scored.choices[0].logprobs.content] == [3, 3]
+
+
+def test_scores_of_a_prompt_are_the_librarys(client, path):
+    prompt = "hello world " * 60
+    params = SamplingParams(temperature=0, max_tokens=2, logprobs=2, prompt_logprobs=2)
+    with LLM(str(path), threads=1) as llm:
+        want = llm.generate(prompt, params)
+        none = llm.generate(prompt, replace(params, max_tokens=0))
+    assert none.prompt_logprobs == want.prompt_logprobs and none.token_ids == []
+    asked = {"model": "tiny", "prompt": prompt, "temperature": 0, "logprobs": 2, "echo": True}
+    for max_tokens in (0, 2):
+        (choice,) = client.completions.create(**asked, max_tokens=max_tokens).choices
+        entries = [*want.prompt_logprobs[1:], *want.logprobs[:max_tokens]]
+        assert choice.text.startswith(prompt)
+        assert choice.logprobs.tokens[1:] == [entry.text for entry in entries]
+        assert choice.logprobs.token_logprobs == [None, *(entry.logprob for entry in entries)]
+        assert choice.logprobs.top_logprobs[1:] == [
+            {other.text: other.logprob for other in reversed(entry.top)} for entry in entries
+        ]
 
 
 def test_openais_client_and_structures(client):
