@@ -53,9 +53,9 @@ class Call:
 class Scale:
     """How much shorter than in the trace prompts and answers are."""
 
-    azure: int = 8
-    mooncake: int = 32  # its prompts are seven times as long
-    mooncake_answer: int = 16
+    azure: int = 16
+    mooncake: int = 128  # its prompts are seven times as long
+    answer: int = 16
     most: int = 1000  # tokens of a prompt and its answer together
 
 
@@ -66,7 +66,7 @@ def read_traces(data: Path, scale: Scale, seed: int) -> dict[str, list[Call]]:
         for row in csv.DictReader(file):
             seconds = datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
             prompt, answer = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-            azure.append(_call(seconds, prompt / scale.azure, answer / scale.azure, (), scale))
+            azure.append(_call(seconds, prompt / scale.azure, answer / scale.answer, (), scale))
     mooncake = []
     draw = random.Random(seed)
     with (data / "mooncake-trace/conversation_trace.jsonl").open() as file:
@@ -75,7 +75,7 @@ def read_traces(data: Path, scale: Scale, seed: int) -> dict[str, list[Call]]:
             seconds = row["timestamp"] / 1e3 + draw.uniform(0, TICK)
             prompt, answer = row["input_length"], row["output_length"]
             mooncake.append(
-                _call(seconds, prompt / scale.mooncake, answer / scale.mooncake_answer,
+                _call(seconds, prompt / scale.mooncake, answer / scale.answer,
                       tuple(row["hash_ids"]), scale)
             )  # fmt: skip
     mooncake.sort(key=lambda call: call.at)

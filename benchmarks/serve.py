@@ -7,7 +7,7 @@ What is measured, each with a server that was started for it and is ended after 
 
 - `closed`: 16 clients that send their next request when the last is answered, in turns; output
   tokens a second of all together.
-- `decode`: the same with prompts of 16 tokens and answers of 256, so that all decode.
+- `decode`: the same with prompts of 16 tokens and answers of 128, so that all decode.
 - `rate`: requests come when the traces say (open loop). The highest mean rate at which the 95th
   percentile of the time to the first token stays below --bound is looked for by bisection, for
   each server. Then, in turns: both at llama-server's highest rate, and ours at 2.5 times that.
@@ -17,7 +17,7 @@ What is measured, each with a server that was started for it and is ended after 
 
 Requests are those of two public traces, an equal number of each: Azure's LLM inference trace 2023
 (conversations) and Mooncake's (conversations; prompts share beginnings). `load.py` says how they
-are scaled: an eighth of Azure's lengths, and of Mooncake's a 32nd of the prompts' and a 16th of the
+are scaled: a 16th of Azure's lengths, and of Mooncake's a 128th of the prompts' and a 16th of the
 answers'. Texts are pieces of WikiText-2. Answers are greedy and go on until their number of tokens
 is reached; each is checked for form and length.
 
@@ -84,7 +84,7 @@ TEXT = "wikitext-2/wikitext-2-raw-test.joined.txt"
 VARIABLE = "CYCLEWISE_LLAMA_SERVER"
 STREAMS = 16
 CONTEXT = 1024  # of a slot
-ANSWER_TOKENS = 256  # where only decoding counts
+ANSWER_TOKENS = 128  # where only decoding counts
 START_SECONDS = 120.0
 ROUGH, FINE = 1.5, 1.1  # steps between rates: until one is too much, and at the end
 PHASES = ("closed", "decode", "rate", "cost", "idle")
