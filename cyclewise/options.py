@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,6 +124,30 @@ Seed = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", metavar="N", help="Length of the answer; 0: no limit.")
 ]
+
+
+NamedLoras = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME=PATH",
+        help="A LoRA adapter that requests call NAME. May be given repeatedly.",
+        show_default=False,
+    ),
+]
+
+
+def named_adapters(loras: Sequence[str] | None) -> dict[str, str]:
+    """The paths of adapters by their names. Raises InvalidParameterError."""
+    found: dict[str, str] = {}
+    for text in loras or ():
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise InvalidParameterError(f"--lora is {text!r}; here it is like NAME=PATH")
+        if name in found:
+            raise InvalidParameterError(f"two adapters are called {name!r}: give each its own name")
+        found[name] = path
+    return found
 
 
 def adapters(lora: str | None) -> dict[str, str] | None:

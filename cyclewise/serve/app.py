@@ -123,7 +123,7 @@ class _Routes:
     async def respond(self, request: Request) -> Response:
         asked = await self._read(request, ResponsesRequest)
         layout = ResponseLayout(
-            asked, self._service.name, [tool.name for tool in asked.tools or ()]
+            asked, request.state.model, [tool.name for tool in asked.tools or ()]
         )
         try:
             return await self._chat(request, asked.as_chat(), layout)
@@ -143,6 +143,7 @@ class _Routes:
         ask = self._ask(request, asked, [prompt], params, tools.structure if tools else None)
         layout = layout or ChatLayout(
             self._service,
+            request.state.model,
             logprobs=num_logprobs is not None,
             tools=tools.names if tools else (),
             wants_usage=asked.wants_usage,
@@ -162,6 +163,7 @@ class _Routes:
         ask = self._ask(request, asked, prompts, params)
         layout = TextLayout(
             self._service,
+            request.state.model,
             logprobs=asked.logprobs is not None,
             before=before,
             wants_usage=asked.wants_usage,
@@ -194,11 +196,11 @@ class _Routes:
         return JSONResponse({"prompt": text, "content": text})
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        adapters = [None, *range(len(self._service.adapters))]
+        return JSONResponse({"object": "list", "data": list(map(self._model, adapters))})
 
     async def model(self, request: Request) -> Response:
-        self._service.check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(self._service.adapter_of(request.path_params["name"])))
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -216,21 +218,23 @@ class _Routes:
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(openapi.document, keyed=self._keyed))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, adapter: int | None) -> dict[str, Any]:
         service = self._service
         return {
-            "id": service.name,
+            "id": service.shown_name(adapter),
             "object": "model",
             "created": service.created,
             "owned_by": "cyclewise",
-            "aliases": service.aliases,
+            "aliases": service.aliases if adapter is None else [],
+            "parent": None if adapter is None else service.name,
             "max_model_len": service.engine.context,
         }
 
     async def _read(self, request: Request, kind: type[protocol.Request]) -> protocol.Request:
         asked = protocol.read(kind, await read_json(request, self._max_body_bytes))
         request.state.read_at = self._service.runner.clock()
-        self._service.check_model(asked.model)  # type: ignore[attr-defined]
+        adapter = self._service.adapter_of(asked.model)  # type: ignore[attr-defined]
+        request.state.adapter, request.state.model = adapter, self._service.shown_name(adapter)
         return asked
 
     def _check_ids(self, token_ids: list[int], field: str) -> None:
@@ -272,6 +276,7 @@ class _Routes:
             prompts,
             params,
             request.state.salt,
+            request.state.adapter,
             field or ("response_format" if tool_calls is None else "tools"),
             tool_calls,
             asked.priority or 0,

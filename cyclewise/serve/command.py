@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from cyclewise.options import Context, ModelName, Threads
+from cyclewise.options import (
+    KV,
+    Context,
+    ModelName,
+    NamedLoras,
+    Quantize,
+    Threads,
+    named_adapters,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +54,9 @@ def serve(
         ),
     ] = 8,
     threads: Threads = None,
+    kv: KV = "f16",
+    lora: NamedLoras = None,
+    quantize: Quantize = None,
     drain: Annotated[
         float,
         typer.Option("--drain", metavar="S", help="Seconds that answers may take at the end."),
@@ -70,6 +81,9 @@ def serve(
         context=context,
         sequences=parallel,
         threads=threads,
+        kv=kv,
+        adapters=named_adapters(lora),
+        quantize=quantize,
         drain=drain,
     )
     server.serve(model, settings)

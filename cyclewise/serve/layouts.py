@@ -49,11 +49,11 @@ class _Chunks:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, prefix: str, service: Service, *, wants_usage: bool) -> None:
+    def __init__(self, prefix: str, service: Service, model: str, *, wants_usage: bool) -> None:
         self._head = {
             "id": f"{prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": service.name,
+            "model": model,
             "system_fingerprint": service.fingerprint,
         }
         self._wants_usage = wants_usage
@@ -91,12 +91,19 @@ class ChatLayout(_Chunks):
     chunk_object = "chat.completion.chunk"
 
     def __init__(
-        self, service: Service, *, logprobs: bool, tools: Sequence[str], wants_usage: bool
+        self,
+        service: Service,
+        model: str,
+        *,
+        logprobs: bool,
+        tools: Sequence[str],
+        wants_usage: bool,
     ) -> None:
-        """logprobs  wanted
+        """model     what the answer calls it
+        logprobs  wanted
         tools     what an answer may call
         """
-        super().__init__("chatcmpl", service, wants_usage=wants_usage)
+        super().__init__("chatcmpl", service, model, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._tools = tools
@@ -191,12 +198,19 @@ class TextLayout(_Chunks):
     whole_object = chunk_object = "text_completion"
 
     def __init__(
-        self, service: Service, *, logprobs: bool, before: list[str], wants_usage: bool
+        self,
+        service: Service,
+        model: str,
+        *,
+        logprobs: bool,
+        before: list[str],
+        wants_usage: bool,
     ) -> None:
-        """logprobs  wanted
+        """model     what the answer calls it
+        logprobs  wanted
         before    what each answer begins with: its prompt, or nothing
         """
-        super().__init__("cmpl", service, wants_usage=wants_usage)
+        super().__init__("cmpl", service, model, wants_usage=wants_usage)
         self._service = service
         self._logprobs = logprobs
         self._before = before

@@ -210,6 +210,7 @@ class ModelCard(Answer):
     created: int  # seconds since 1970
     owned_by: str
     aliases: list[str]  # other names that requests may call it
+    parent: str | None  # of a LoRA adapter: the model that it belongs to
     max_model_len: int  # tokens of a prompt and its answer together
 
 

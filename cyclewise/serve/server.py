@@ -12,9 +12,9 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,9 @@ class Settings:
     context: int | None = None  # most tokens of a request; None: the model's own, at most 4096
     sequences: int = SEQUENCES
     threads: int | None = None
+    kv: str = "f16"  # what the KV cache holds: see `load_model`
+    adapters: Mapping[str, str] = field(default_factory=dict)  # paths of LoRA adapters by name
+    quantize: str | None = None  # see `load_model`
     drain: float = 30.0  # seconds
 
 
@@ -81,21 +84,28 @@ def serve(model: str, settings: Settings) -> None:
 
 def load(model: str, settings: Settings) -> Service:
     """Load a model, and start the engine's thread and the process that reads prompts."""
+    from cyclewise.machine.names import cache_kind
     from cyclewise.models import load_model
     from cyclewise.weights.sources import resolve
 
-    path = resolve(model)
+    names, kind = settings.names or [_name(model)], cache_kind(settings.kv)
+    for name in settings.adapters:
+        if name in names:
+            raise InvalidParameterError(
+                f"the model and an adapter are both called {name!r}: give one of them another name"
+            )
     loaded = load_model(
-        path, context=settings.context, threads=settings.threads, sequences=settings.sequences
-    )
+        resolve(model), context=settings.context, threads=settings.threads, kv=kind,
+        adapters=settings.adapters, quantize=settings.quantize, sequences=settings.sequences,
+    )  # fmt: skip
     try:
-        return _service(settings.names or [_name(model)], loaded)
+        return _service(names, list(settings.adapters), loaded)
     except BaseException:
         loaded.close()
         raise
 
 
-def _service(names: Sequence[str], loaded: Model) -> Service:
+def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Service:
     from cyclewise.engine.engine import Engine
     from cyclewise.serve.service import Service
     from cyclewise.text.process import TextProcess
@@ -109,7 +119,7 @@ def _service(names: Sequence[str], loaded: Model) -> Service:
         return Service(
             names[0], Engine(loaded), tokenizer, prompts,
             template=template if isinstance(template, str) else None, aliases=names[1:],
-            on_close=loaded.close,
+            adapters=adapters, on_close=loaded.close,
         )  # fmt: skip
     except BaseException:
         prompts.close()

@@ -58,6 +58,7 @@ class Ask:
     prompts: list[list[int]]
     params: SamplingParams  # `n` answers to each prompt
     salt: bytes
+    adapter: int | None = None  # the number of the LoRA adapter that the request's model names
     structure_field: str = "response_format"  # of the request: what a structure came from
     tool_calls: str | None = None  # see `Structures.make`
     priority: int = 0
@@ -95,16 +96,19 @@ class Service:
         *,
         template: str | None,
         aliases: Sequence[str] = (),
+        adapters: Sequence[str] = (),
         limits: Limits | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         """name      of the model
         template  the model's chat template, where its file has one
         aliases   other names that requests may call it
+        adapters  names of its LoRA adapters, in the order of their numbers
         on_close  called at the end, when nothing runs any more
         """
         self.name = name
         self.aliases = tuple(aliases)
+        self.adapters = tuple(adapters)
         self.fingerprint = f"b{__version__}-{host_target().name}"
         """The same seed gives the same text where this is the same."""
         self.created = int(time.time())
@@ -131,15 +135,26 @@ class Service:
         if self._on_close is not None:
             self._on_close()
 
-    def check_model(self, name: str | None) -> None:
-        """Raise RequestError unless the model is the one that is served."""
-        if name not in (None, self.name, *self.aliases):
-            raise RequestError(
-                404,
-                f"there is no model {(name or '')[:200]!r} here, but {self.name!r}",
-                param="model",
-                code="model_not_found",
-            )
+    def adapter_of(self, name: str | None) -> int | None:
+        """The number of the adapter that a request's model names; None: the model as it is.
+
+        Raises RequestError if it is neither.
+        """
+        if name in (None, self.name, *self.aliases):
+            return None
+        if name in self.adapters:
+            return self.adapters.index(name)
+        known = " and ".join(map(repr, [self.name, *self.adapters][:20]))
+        raise RequestError(
+            404,
+            f"there is no model {(name or '')[:200]!r} here, but {known}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def shown_name(self, adapter: int | None) -> str:
+        """What answers call the model with this adapter."""
+        return self.name if adapter is None else self.adapters[adapter]
 
     async def encode(self, text: str) -> list[int]:
         """The token ids of a text to continue."""
@@ -229,6 +244,7 @@ class Exchange:
                 ask.params,
                 stop_ids,
                 each,
+                adapter=ask.adapter,
                 salt=ask.salt,
                 priority=ask.priority,
                 deadline=ask.deadline,

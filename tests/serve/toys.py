@@ -59,13 +59,15 @@ class InlinePrompts:
 class Toy:
     """A service around a toy model, and requests to it."""
 
-    def __init__(self, *, keys=None, limits=None, template=TEMPLATE, app=None, **values):
+    def __init__(
+        self, *, keys=None, limits=None, template=TEMPLATE, app=None, adapters=(), **values
+    ):
         self.model = ToyModel(**{"context": 256, "spare_pages": 128, **values})
         self.tokenizer = ToyTokenizer()
         self.prompts = InlinePrompts(self.tokenizer)
         self.service = Service(
             "toy", Engine(self.model), self.tokenizer, self.prompts,
-            template=template, limits=limits,
+            template=template, adapters=adapters, limits=limits,
         )  # fmt: skip
         self.app = make_app(self.service, keys, **(app or {}))
 
