@@ -139,7 +139,12 @@ class _Routes:
         num_logprobs = asked.num_logprobs
         params = protocol.sampling(asked, num_logprobs)
         messages = protocol.for_template(asked.messages)
-        prompt = await self._service.encode_chat(messages, tools.offered if tools else None)
+        prompt = await self._service.encode_chat(
+            messages,
+            tools.offered if tools else None,
+            protocol.variables(asked.chat_template_kwargs),
+            salt=request.state.salt,
+        )
         ask = self._ask(request, asked, [prompt], params, tools.structure if tools else None)
         layout = layout or ChatLayout(
             self._service,
@@ -155,7 +160,8 @@ class _Routes:
         if asked.best_of not in (None, asked.n or 1):
             raise bad("best_of must be n: all answers are returned", "best_of")
         params = protocol.sampling(asked, asked.logprobs)
-        prompts = [await self._prompt(prompt) for prompt in asked.prompts]
+        salt = request.state.salt
+        prompts = [await self._prompt(prompt, salt) for prompt in asked.prompts]
         before = [""] * (len(prompts) * params.n)
         if asked.echo:
             before = [self._echo(prompt) for prompt in asked.prompts for _ in range(params.n)]
@@ -177,7 +183,12 @@ class _Routes:
         if asked.messages is not None:
             if asked.add_special is not None:
                 raise bad("a chat has the special tokens that its template writes", "add_special")
-            token_ids = await self._service.encode_chat(protocol.for_template(asked.messages))
+            token_ids = await self._service.encode_chat(
+                protocol.for_template(asked.messages),
+                None,
+                protocol.variables(asked.chat_template_kwargs),
+                salt=request.state.salt,
+            )
         else:
             text = asked.prompt if asked.content is None else asked.content
             special = asked.content is None if asked.add_special is None else asked.add_special
@@ -250,9 +261,9 @@ class _Routes:
         except UnicodeDecodeError:
             return {"id": token_id, "piece": list(piece)}
 
-    async def _prompt(self, prompt: str | list[int]) -> list[int]:
+    async def _prompt(self, prompt: str | list[int], salt: bytes) -> list[int]:
         if isinstance(prompt, str):
-            return await self._service.encode(prompt)
+            return await self._service.encode(prompt, salt=salt)
         self._check_ids(prompt, "prompt")
         return prompt
 

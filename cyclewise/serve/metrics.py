@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cyclewise.engine.scheduler import Numbers
+from cyclewise.text.memo import Memo
 
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/tokenize",
@@ -40,8 +42,9 @@ _COUNTERS = {
 
 
 class _Engine(Collector):
-    def __init__(self, numbers: Callable[[], Numbers]) -> None:
+    def __init__(self, numbers: Callable[[], Numbers], memos: Mapping[str, Memo[Any]]) -> None:
         self._numbers = numbers
+        self._memos = memos
 
     def collect(self) -> Iterable[Metric]:
         numbers = self._numbers()
@@ -49,14 +52,23 @@ class _Engine(Collector):
             yield GaugeMetricFamily(f"cyclewise_{name}", text, value=getattr(numbers, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"cyclewise_{name}", text, value=getattr(numbers, name))
+        lookups = CounterMetricFamily(
+            "cyclewise_memo_lookups", "Whether something was worked out before",
+            labels=["memo", "result"],
+        )  # fmt: skip
+        for name, memo in self._memos.items():
+            lookups.add_metric([name, "hit"], memo.lookups.hits)
+            lookups.add_metric([name, "miss"], memo.lookups.misses)
+        yield lookups
 
 
 class Metrics:
     """Of one server."""
 
-    def __init__(self, numbers: Callable[[], Numbers]) -> None:
+    def __init__(self, numbers: Callable[[], Numbers], memos: Mapping[str, Memo[Any]]) -> None:
+        """memos  by what they hold"""
         self._registry = CollectorRegistry()
-        self._registry.register(_Engine(numbers))
+        self._registry.register(_Engine(numbers, memos))
         self._requests = Counter(
             "cyclewise_requests", "HTTP requests", ["route", "status"], registry=self._registry
         )

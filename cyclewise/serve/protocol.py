@@ -205,6 +205,17 @@ class Prediction(Fields):
     content: Content
 
 
+class TemplateOptions(Fields):
+    """Variables that templates of models read, by vLLM's name for them. No others are passed on."""
+
+    enable_thinking: bool | None = None  # Qwen3, SmolLM3, GLM
+    thinking: bool | None = None  # Granite 3, DeepSeek V3.1
+    preserve_thinking: bool | None = None  # Qwen3.6
+    reasoning_effort: str | None = Field(None, max_length=32, pattern="^[a-z_]+$")  # gpt-oss
+    date_string: str | None = Field(None, max_length=64)  # Llama 3
+    add_generation_prompt: bool | None = None  # false: the last message is not followed by a turn
+
+
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`"""
 
@@ -216,6 +227,7 @@ class ChatRequest(Sampling):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None  # not of OpenAI's API
 
     # taken, and without effect
     prediction: Prediction | None = None
@@ -278,6 +290,7 @@ class TokenizeRequest(Fields):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
     # as llama.cpp's server has them
     content: str | None = None  # a text without what begins and ends a prompt
@@ -370,6 +383,11 @@ def sampling(request: ChatRequest | CompletionRequest, num_logprobs: int | None)
 def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as a template reads them. Raises RequestError if one holds more than text."""
     return [_of_template(message, i) for i, message in enumerate(messages)]
+
+
+def variables(options: TemplateOptions | None) -> dict[str, Any]:
+    """The same as a template reads them."""
+    return {} if options is None else options.model_dump(exclude_none=True)
 
 
 Value = TypeVar("Value")

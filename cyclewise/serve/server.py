@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = 8
 """Requests of the whole context that the KV cache holds at once."""
+_TEMPLATES = "tokenizer.chat_template"
 _HEADER_BYTES = 64 << 10  # beyond which a connection is closed
 _FILES = 4096  # that the process may have open, where the system lets it
 
@@ -113,13 +114,14 @@ def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Se
 
     tokenizer = Tokenizer.from_metadata(loaded.metadata)
     template = loaded.metadata.get("tokenizer.chat_template")
+    templates = [value for key, value in loaded.metadata.items() if key.startswith(_TEMPLATES)]
     prompts = TextProcess(loaded.path)
     try:
         prompts.encode("").result()  # it has read the model by then
         return Service(
             names[0], Engine(loaded), tokenizer, prompts,
             template=template if isinstance(template, str) else None, aliases=names[1:],
-            adapters=adapters, on_close=loaded.close,
+            adapters=adapters, timeless="strftime_now" not in str(templates), on_close=loaded.close,
         )  # fmt: skip
     except BaseException:
         prompts.close()

@@ -9,11 +9,14 @@ long runs in the event loop: prompts are read by `text/process.py`, structures m
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
 
 from cyclewise import __version__
 from cyclewise.engine.job import Event, Job
@@ -24,9 +27,12 @@ from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.metrics import Metrics
 from cyclewise.serve.tools import in_words
 from cyclewise.text.answer import Answer
+from cyclewise.text.memo import Memo, key_of
 from cyclewise.text.structure import CALL_BEGINS
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from cyclewise.engine.engine import Engine
     from cyclewise.engine.logprobs import Score
     from cyclewise.engine.request import SamplingParams
@@ -37,6 +43,11 @@ if TYPE_CHECKING:
 MAX_ANSWERS = 128
 """Of all prompts of a request together."""
 _MAX_MAKING = 16  # structures that wait to be made
+
+
+_KNOWN_TOKENS = 1 << 20
+"""Of prompts that are kept encoded: 4 bytes each."""
+_ENTRY_TOKENS = 64  # that the bookkeeping of a prompt is counted as
 
 
 class Prompts(Protocol):
@@ -95,6 +106,7 @@ class Service:
         prompts: Prompts,
         *,
         template: str | None,
+        timeless: bool = True,
         aliases: Sequence[str] = (),
         adapters: Sequence[str] = (),
         limits: Limits | None = None,
@@ -102,6 +114,7 @@ class Service:
     ) -> None:
         """name      of the model
         template  the model's chat template, where its file has one
+        timeless  no template of its asks for the time, so that a chat is always written alike
         aliases   other names that requests may call it
         adapters  names of its LoRA adapters, in the order of their numbers
         on_close  called at the end, when nothing runs any more
@@ -116,9 +129,11 @@ class Service:
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.template = template
+        self.timeless = timeless
         self.draining = False
         self.runner = Runner(engine, limits)
-        self.metrics = Metrics(self.runner.numbers)
+        self.known_prompts: Memo[npt.NDArray[np.int32]] = Memo(_KNOWN_TOKENS)
+        self.metrics = Metrics(self.runner.numbers, {"prompts": self.known_prompts})
         self.token_bytes = tokenizer.all_bytes()
         self._structures: Structures | None = None
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structures")
@@ -156,9 +171,13 @@ class Service:
         """What answers call the model with this adapter."""
         return self.name if adapter is None else self.adapters[adapter]
 
-    async def encode(self, text: str) -> list[int]:
-        """The token ids of a text to continue."""
-        token_ids = await asyncio.wrap_future(self.prompts.encode(text))
+    async def encode(self, text: str, *, salt: bytes = b"") -> list[int]:
+        """The token ids of a text to continue.
+
+        salt  who has the same one may learn that this was asked before
+        """
+        key = key_of(salt, "text", text)
+        token_ids = await self._encode(key, lambda: self.prompts.encode(text))
         if not token_ids:
             if self.tokenizer.bos_id is None:
                 raise bad("the prompt is empty, and this model has no token that begins a text",
@@ -167,14 +186,37 @@ class Service:
         return token_ids
 
     async def encode_chat(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+        *,
+        salt: bytes = b"",
     ) -> list[int]:
-        """The token ids of a chat, written down with the model's own template."""
-        if CALL_BEGINS in (self.template or ""):
-            variables = {} if tools is None else {"tools": tools}
-        else:
-            messages, variables = in_words(messages, tools), {}
-        return await asyncio.wrap_future(self.prompts.encode_chat(messages, **variables))
+        """The token ids of a chat, written down with the model's own template.
+
+        variables  that the template may read
+        salt       who has the same one may learn that this was asked before
+        """
+        given = dict(variables)
+        if CALL_BEGINS not in (self.template or ""):
+            messages = in_words(messages, tools)
+        elif tools is not None:
+            given["tools"] = tools
+        if not self.timeless:
+            return await asyncio.wrap_future(self.prompts.encode_chat(messages, **given))
+        key = await asyncio.to_thread(_key_of_chat, salt, messages, given)
+        return await self._encode(key, lambda: self.prompts.encode_chat(messages, **given))
+
+    async def _encode(self, key: bytes, ask: Callable[[], Future[list[int]]]) -> list[int]:
+        known = self.known_prompts.find(key)
+        if known is not None:
+            found: list[int] = known.tolist()
+            return found
+        token_ids = await asyncio.wrap_future(ask())
+        size = len(token_ids) + _ENTRY_TOKENS
+        self.known_prompts.keep(key, np.array(token_ids, np.int32), size)
+        return token_ids
 
     async def begin(self, ask: Ask) -> Exchange:
         """Let the engine answer. The caller closes what is returned, whatever happens.
@@ -381,3 +423,9 @@ class Exchange:
         elif queued is not None:
             metrics.first_token.observe(event.time - queued)
         self._last_times[index] = event.time
+
+
+def _key_of_chat(
+    salt: bytes, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> bytes:
+    return key_of(salt, "chat", json.dumps([messages, variables]))

@@ -98,7 +98,9 @@ def test_openais_client(client):
         model="tiny", prompt="hello", max_tokens=3, logprobs=2, temperature=0
     )
     assert len(text.choices[0].logprobs.tokens) == 3
-    scored = client.chat.completions.create(**ASK, max_tokens=2, logprobs=True, top_logprobs=3)
+    scored = client.chat.completions.create(
+        **ASK, seed=3, max_tokens=2, logprobs=True, top_logprobs=3
+    )
     assert [len(token.top_logprobs) for token in scored.choices[0].logprobs.content] == [3, 3]
 
 

@@ -35,10 +35,12 @@ class InlinePrompts:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.asked = []
+        self.asked = []  # chats
+        self.texts = []
         self.error = None
 
     def encode(self, text, *, add_special=True):
+        self.texts.append(text)
         return self._done(self.tokenizer.encode(text, add_special=add_special))
 
     def encode_chat(self, messages, **variables):
@@ -60,14 +62,22 @@ class Toy:
     """A service around a toy model, and requests to it."""
 
     def __init__(
-        self, *, keys=None, limits=None, template=TEMPLATE, app=None, adapters=(), **values
+        self,
+        *,
+        keys=None,
+        limits=None,
+        template=TEMPLATE,
+        app=None,
+        adapters=(),
+        timeless=True,
+        **values,
     ):
         self.model = ToyModel(**{"context": 256, "spare_pages": 128, **values})
         self.tokenizer = ToyTokenizer()
         self.prompts = InlinePrompts(self.tokenizer)
         self.service = Service(
             "toy", Engine(self.model), self.tokenizer, self.prompts,
-            template=template, adapters=adapters, limits=limits,
+            template=template, adapters=adapters, timeless=timeless, limits=limits,
         )  # fmt: skip
         self.app = make_app(self.service, keys, **(app or {}))
 
