@@ -529,7 +529,7 @@ class Transformer:
     """A decoder-only transformer of the Llama family in float32, from the tensors of its file.
 
     Keys and values are kept in float16, as the package keeps them. With `int8` the activations
-    that meet quantized weights are rounded to int8 first.
+    that meet quantized weights are rounded to int8 first, those that meet `bfloats` to bfloat16.
     """
 
     tensors: dict[str, Floats]
@@ -545,6 +545,8 @@ class Transformer:
     """RoPE pairs dimensions 2i and 2i+1 (llama), not i and i + half (qwen2)."""
     quantized: frozenset[str] = field(default_factory=frozenset)
     """Names of the tensors whose format is quantized."""
+    bfloats: frozenset[str] = field(default_factory=frozenset)
+    """Names of the tensors that are multiplied as bfloat16."""
     int8: bool = False
     kv_int8: bool = False
     """Keys, mixed, and values are int8 codes, not float16."""
@@ -580,6 +582,8 @@ class Transformer:
     def _linear(self, name: str, x: Floats) -> Floats:
         if self.int8 and name + ".weight" in self.quantized:
             x = quantize(x).values()
+        if name + ".weight" in self.bfloats:
+            x = to_bfloat(x)
         out = x @ self.tensors[name + ".weight"].T
         return np.asarray(out + self.tensors.get(name + ".bias", np.float32(0)), np.float32)
 

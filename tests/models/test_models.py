@@ -109,9 +109,9 @@ def test_logits_of_float_models(runner, name):
     want = twin.logits(ids)
     got = run.logits(ids)
     assert got.shape == want.shape == (70, model.vocab)
-    # Keys and values are float16: now and then one is rounded the other way. Where BF16 weights are
-    # multiplied as such, activations are rounded too.
-    bound = 1e-2 if name == "BF16" and host_target().has_bf16 else 1e-4
+    # Keys and values are float16: now and then one is rounded the other way. So are activations
+    # where BF16 weights are multiplied as such: up to 2.0e-3 over seeds.
+    bound = 3e-3 if name == "BF16" and host_target().has_bf16 else 1e-4
     assert relative_error(got, want) <= bound
     assert np.abs(got - want).max() <= 5 * bound * np.abs(want).max()
 
@@ -227,7 +227,8 @@ def test_logits_with_an_int8_cache(runner, name):
     # The twin takes no constant from biased keys, and mixes dimensions in the file's order, which
     # is another one where a part of a head is rotated by neighbours: other roundings, as small.
     if not model.biases and name != "half_rotated":
-        bound = 1e-2 if name == "BF16" and host_target().has_bf16 else 2e-3
+        # As BF16: up to 4.4e-3 over seeds.
+        bound = 6e-3 if name == "BF16" and host_target().has_bf16 else 2e-3
         assert relative_error(got, want) <= bound
     if not model.experts:  # of which a token may choose others
         assert relative_error(got, exact) <= 2e-2

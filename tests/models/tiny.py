@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from cyclewise.machine.kernels.target import host_target
 from cyclewise.weights.formats import FORMATS as FILE_FORMATS
 from tests import naive
 from tests.machine.kernel_calls import llama_cpp_rows
@@ -219,11 +220,13 @@ def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def twin(tiny: Tiny, tensors: dict[str, Tensor]) -> naive.Transformer:
     values = {name: naive.dequantize(kind, data) for name, (data, kind) in tensors.items()}
     quantized = frozenset(name for name, (_, kind) in tensors.items() if naive.is_quantized(kind))
+    able = host_target().has_bf16
+    bfloats = frozenset(name for name, (_, kind) in tensors.items() if able and kind == "BF16")
     return naive.Transformer(
         values, tiny.layers, tiny.heads, tiny.kv_heads, tiny.head_dim, 1e-5,
         tiny.rope_dim or tiny.head_dim, tiny.rope_base, tiny.rope_scaling,
-        neighbours=tiny.architecture == "llama", quantized=quantized, num_chosen=tiny.chosen,
-        normalized=tiny.normalized,
+        neighbours=tiny.architecture == "llama", quantized=quantized, bfloats=bfloats,
+        num_chosen=tiny.chosen, normalized=tiny.normalized,
     )  # fmt: skip
 
 
