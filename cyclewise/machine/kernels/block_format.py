@@ -35,6 +35,8 @@ class BlockFormat:
     has_minimum = False
     has_sub_scales = False
     has_sub_minima = False
+    codes_are_bytes = False
+    """Whether codes lie in the stream as `codes` gives them."""
     parts_in_turn = False
     """Whether one token meets part after part of a group, not step after step of all parts: for
     formats whose codes come from many words, which would not fit into registers.

@@ -121,7 +121,7 @@ class I8_32(BlockFormat):
     """16 float16 scales, 16 bytes of signed zero points, 512 bytes of signed codes."""
 
     name, bits, has_minimum, block_bytes = "I8_32", 8, True, 560
-    prefetch_bytes = 1024
+    codes_are_bytes, prefetch_bytes = True, 1024
 
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         return load_words(emitter, block + 48 + group * 512 + step * 64, part)
@@ -151,7 +151,7 @@ class Q8_0(BlockFormat):
     """512 bytes of signed codes, 16 float16 scales. The codes are read signed (zero point 0)."""
 
     name, bits, block_bytes = "Q8_0", 8, 544
-    prefetch_bytes = 1024
+    codes_are_bytes, prefetch_bytes = True, 1024
 
     def codes(self, emitter: Emitter, block: Value, group: Group, step: int, part: int) -> Value:
         return load_words(emitter, block + step * 64, part)

@@ -66,6 +66,9 @@ class Dot:
     serves them all.
     """
 
+    rearranges = False
+    """Whether `arranged` changes the order of codes."""
+
     def __init__(self, emitter: Emitter, kind: BlockFormat) -> None:
         self.emitter = emitter
         self.kind = kind

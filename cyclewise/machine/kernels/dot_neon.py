@@ -57,6 +57,8 @@ class SdotDot(Dot):
 class SmmlaDot(SdotDot):
     """Unpacked weights hold two steps side by side, two rows in a register."""
 
+    rearranges = True
+
     def arranged(self, codes: list[Value]) -> list[Value]:
         found = []
         for even, odd in zip(codes[::2], codes[1::2], strict=True):

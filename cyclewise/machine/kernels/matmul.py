@@ -2,8 +2,9 @@
 
 `tile_<format>(weights, columns, x, x_stride, num_tokens, sums, scratch)` writes float32
 `sums[token][16]`. One token reads the packed weights directly. For several each group is unpacked
-into `scratch` (bytes and float32 scales) and serves every token before the next one, so that the
-weights stream without a pause; many tokens unpack 2,048 columns at a time.
+into `scratch` (bytes and float32 scales), or stays where it is if its codes are bytes, and serves
+every token before the next one, so that the weights stream without a pause; many tokens unpack
+2,048 columns at a time.
 Either way a token's sum runs over the groups in order:
 
     sum = fma(scale * x_scale, float(dot), sum);  sum = fma(minimum, x_scaled_sum, sum)
@@ -18,7 +19,7 @@ embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 from llvmlite import ir
 
@@ -53,6 +54,9 @@ PANEL_GROUPS = 64
 are read for longer without a jump come faster from behind the second.
 """
 SCRATCH_BYTES = PANEL_GROUPS * (STEPS + 5) * 4 * ROWS
+
+_Scales = tuple[Value, Value | None, Value | None]
+"""Of a group and a part: the scale, the minimum and the minima of 16 columns, where there are."""
 
 
 def matmul_unit(name: str, tiles: tuple[int, ...] | None = None) -> Unit:
@@ -96,6 +100,10 @@ class _BlockMatmul:
             for tile in tiles
         }
         unpack = emitter.function("unpack", 3, self._unpack, exported=False)
+        unpack_row = unpack
+        if not kind.has_own_zero_point:
+            as_packed = partial(self._unpack, centred=False)
+            unpack_row = emitter.function("unpack_row", 3, as_packed, exported=False)
         few = emitter.function("few", 6, self._few, exported=False)
 
         def tile(
@@ -139,9 +147,8 @@ class _BlockMatmul:
             part, within = lane // self.lanes, lane % self.lanes
             per_block = kind.groups_per_block
             with emitter.range(0, (columns >> 5) // per_block) as block:
-                emitter.call(
-                    unpack, weights + block * kind.block_bytes, emitter.constant(per_block), scratch
-                )
+                at = weights + block * kind.block_bytes
+                emitter.call(unpack_row, at, emitter.constant(per_block), scratch)
                 with emitter.range(0, per_block) as group:
                     codes = scratch + group * self._panel_bytes + part * self._part_bytes
                     to = out + (block * per_block + group) * 128
@@ -247,15 +254,8 @@ class _BlockMatmul:
                         factors and (lambda number, _, part=part: factors(number, part)),
                         at,
                     )
-                scale = kind.scale(emitter, block, index, part)
-                minimum = None
-                if kind.has_minimum:
-                    minimum = kind.minimum(emitter, block, index, part)
-                    minimum = kind.centred_minimum(emitter, scale, minimum)
-                minima = (
-                    kind.sub_minima(emitter, block, index, part) if kind.has_sub_minima else None
-                )
-                total.set(self._added(total.get(), dots[part][0], at[0], scale, minimum, minima))
+                scales = self._packed_scales(block, index, part)
+                total.set(self._added(total.get(), dots[part][0], at[0], *scales))
 
         self._over_groups(weights, groups, group, kind.prefetch_bytes)
         for part, total in enumerate(sums):
@@ -305,23 +305,39 @@ class _BlockMatmul:
     def _part_bytes(self) -> int:
         return (STEPS + len(self._places)) * self.lanes * 4
 
-    def _unpack(self, weights: Value, groups: Value, scratch: Value) -> None:
+    def _packed_scales(
+        self, block: Value, index: Value | int, part: int, *, centred: bool = True
+    ) -> _Scales:
+        emitter, kind = self.emitter, self.kind
+        scale = kind.scale(emitter, block, index, part)
+        minimum = kind.minimum(emitter, block, index, part) if kind.has_minimum else None
+        if centred and minimum is not None:
+            minimum = kind.centred_minimum(emitter, scale, minimum)
+        minima = kind.sub_minima(emitter, block, index, part) if kind.has_sub_minima else None
+        return scale, minimum, minima
+
+    def _unpack(
+        self, weights: Value, groups: Value, scratch: Value, *, centred: bool = True
+    ) -> None:
         """Writes group after group, the parts of its rows side by side."""
         kind = self.kind
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
-            self._unpack_group(block, index, scratch + column_group * self._panel_bytes)
+            to = scratch + column_group * self._panel_bytes
+            self._unpack_group(block, index, to, centred=centred)
 
         self._over_groups(weights, groups, group, kind.prefetch_bytes)
 
-    def _unpack_group(self, block: Value, index: Value | int, to: Value) -> None:
+    def _unpack_group(
+        self, block: Value, index: Value | int, to: Value, *, centred: bool = True
+    ) -> None:
+        """`centred`: with the minimum that belongs to codes less the zero point."""
         emitter, kind, width = self.emitter, self.kind, self.lanes * 4
         for part in range(self.parts):
             codes = [kind.codes(emitter, block, index, step, part) for step in range(STEPS)]
             found = self.dot.arranged(codes)
-            found.append(kind.scale(emitter, block, index, part))
-            if kind.has_minimum:
-                found.append(kind.minimum(emitter, block, index, part))
+            scale, minimum, _ = self._packed_scales(block, index, part, centred=centred)
+            found += [scale] if minimum is None else [scale, minimum]
             if kind.has_sub_scales:
                 pairs = kind.sub_scales(emitter, block, index, part)
                 found += self.dot.factors(pairs)
@@ -334,18 +350,30 @@ class _BlockMatmul:
         self, weights: Value, groups: Value, x: Value, tokens: Value, sums: Value, scratch: Value
     ) -> None:
         """Group after group, each unpacked once for all tokens: the stream never waits for them."""
-        emitter = self.emitter
+        emitter, kind = self.emitter, self.kind
+        in_place = kind.codes_are_bytes and not self.dot.rearranges
         layout = ActivationLayout(emitter, x, groups, tokens)
 
         def group(block: Value, index: Value | int, column_group: Value) -> None:
-            self._unpack_group(block, index, scratch)
+            if not in_place:
+                self._unpack_group(block, index, scratch)
 
             def call(size: int, first: Value) -> None:
                 stride = layout.quad_stride if size >= QUAD else layout.token_stride
                 x_at = layout.token(first) + column_group * layout.group_stride
                 at = self._tokens(size, x_at, emitter.constant(0), layout.group_stride, stride)
-                to = sums + first * 64
-                self._panel_group(scratch, at, [to + i * 64 for i in range(size)])
+                places = [sums + first * 64 + i * 64 for i in range(size)]
+                if not in_place:
+                    self._panel_group(scratch, at, places)
+                    return
+                dots = self.dot.group(
+                    lambda step, part: kind.codes(emitter, block, index, step, part),
+                    None,
+                    at,
+                    self.parts,
+                )
+                scales = [self._packed_scales(block, index, part) for part in range(self.parts)]
+                self._add_group(dots, scales, at, places)
 
             emitter.in_tiles(tokens, self._few_tiles, call)
 
@@ -387,15 +415,20 @@ class _BlockMatmul:
             at,
             self.parts,
         )
-        scales = []
+        scales: list[_Scales] = []
         for part in range(self.parts):
             scale = load(part, self._places["scale"], floats)
-            minimum = None
-            if kind.has_minimum:
-                minimum = load(part, self._places["minimum"], floats)
-                minimum = kind.centred_minimum(emitter, scale, minimum)
+            minimum = load(part, self._places["minimum"], floats) if kind.has_minimum else None
             minima = load(part, self._places["sub_minima"], words) if kind.has_sub_minima else None
             scales.append((scale, minimum, minima))
+        self._add_group(dots, scales, at, places, sums)
+
+    def _add_group(
+        self, dots: list[list[Value]], scales: list[_Scales], at: list[Value],
+        places: list[Value], sums: Sequence[Variable] = (),
+    ) -> None:  # fmt: skip
+        """A group's dot products, for each part one a token, onto the tokens' sums."""
+        emitter, width, floats = self.emitter, self.lanes * 4, vector(F32, self.lanes)
         for i, place in enumerate(places):
             # Nothing is stored between a token's parts, so that its own scale is loaded once.
             found = []
