@@ -8,7 +8,7 @@ from cyclewise.machine.kernels.lang import F32, I16, I32, vector
 from cyclewise.machine.kernels.math import (
     absolute,
     exp,
-    exp_of_negative,
+    exp2_of_negative,
     gelu,
     round_to_int,
     silu,
@@ -37,7 +37,7 @@ def _map(write, source=F32, result=F32):
 
 KERNELS = {
     "exp": _map(exp),
-    "exp_of_negative": _map(exp_of_negative),
+    "exp2_of_negative": _map(exp2_of_negative),
     "silu": _map(silu),
     "gelu": _map(gelu),
     "tanh": _map(tanh),
@@ -95,11 +95,14 @@ def test_exp_at_its_ends(run):
     assert np.isfinite(run("exp", np.array([88, 89, 1e30, np.inf], np.float32))).all()
 
 
-def test_exp_of_negative(run):
-    x = np.unique(np.linspace(-87, 0, 200_003).astype(np.float32))
-    np.testing.assert_array_equal(run("exp_of_negative", x), run("exp", x))
-    ends = np.array([0.0, -0.0, -88, -100, -1e30, -np.inf, -1e-45, -1e-38], np.float32)
-    np.testing.assert_array_equal(run("exp_of_negative", ends), [1, 1, 0, 0, 0, 0, 1, 1])
+def test_exp2_of_negative(run):
+    x = np.concatenate([np.linspace(-126, 0, 200_003), np.linspace(-1, 0, 50_001)])
+    x = np.unique(x.astype(np.float32))
+    assert ulps(run("exp2_of_negative", x), np.exp2(x.astype(np.float64))).max() <= 2.1
+    least = run("exp2_of_negative", np.linspace(-127, -126, 10_001).astype(np.float32))
+    assert (least >= 0).all() and (least <= 2.0**-125).all()
+    ends = np.array([0.0, -0.0, -127, -130, -1e30, -np.inf, -1e-45, -1e-38], np.float32)
+    np.testing.assert_array_equal(run("exp2_of_negative", ends), [1, 1, 0, 0, 0, 0, 1, 1])
 
 
 def test_silu(run):

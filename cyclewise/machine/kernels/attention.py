@@ -35,7 +35,7 @@ from cyclewise.machine.kernels.layout import (
     Record,
     load_int32,
 )
-from cyclewise.machine.kernels.math import exp, exp_of_negative
+from cyclewise.machine.kernels.math import LOG2_E, exp, exp2_of_negative
 from cyclewise.machine.kernels.pages import (
     LANE_BYTES,
     LANES,
@@ -55,6 +55,8 @@ NO_WINDOW = (1 << 31) - 1
 LEAST = -3.4028234663852886e38
 """The least finite float32: the maximum of a row that has seen nothing yet."""
 
+CHUNK = 128
+"""Keys whose scores become weights at once: a multiple of PAGE_TOKENS that divides SPLIT."""
 MANY = (6, 4, 3, 2, 1)
 FEW = (4, 3, 2, 1)
 """Rows that meet keys or values at once, largest first."""
@@ -68,16 +70,6 @@ def _whole_lanes(rows: Any) -> Any:
     return (rows + (LANES - 1)) // LANES * LANES
 
 
-def _tiles(rows: int, sizes: tuple[int, ...]) -> list[int]:
-    """How rows fall into tiles. Of few rows 5 are 3 and 2: one alone is slow."""
-    found = []
-    for size in sizes:
-        while rows >= size and (rows, size) != (5, 4):
-            found.append(size)
-            rows -= size
-    return found
-
-
 def partial_bytes(rows: Any, padded_head_dim: Any) -> Any:
     """Of some rows' partial results: maxima (rows), sums (rows), both padded to whole vectors;
     weighted values (rows, padded_head_dim). Of the kernel's values as of numbers.
@@ -87,13 +79,13 @@ def partial_bytes(rows: Any, padded_head_dim: Any) -> Any:
 
 def _places(rows: Any, padded_head_dim: Any) -> dict[str, Any]:
     """Where a thread's scratch holds what, and its size under the name `end`."""
-    page, per_row = padded_head_dim * (PAGE_TOKENS * WIDE_BYTES), _whole_lanes(rows) * 4
+    wide, per_row = padded_head_dim * WIDE_BYTES, _whole_lanes(rows) * 4
     sizes = {
-        "keys": page, "values": page,
-        "key_scales": PAGE_TOKENS * 4, "value_scales": PAGE_TOKENS * 4,
-        "queries": rows * padded_head_dim * 4, "scores": rows * (PAGE_TOKENS * 4),
-        "lane_sums": rows * (LANES * 4), "query_scales": per_row, "page_maxima": per_row,
-        "factors": per_row, "weight_scales": per_row,
+        "keys": wide * PAGE_TOKENS, "values": wide * CHUNK,
+        "key_scales": PAGE_TOKENS * 4, "value_scales": CHUNK * 4,
+        "queries": rows * padded_head_dim * 4, "scores": rows * (CHUNK * 4),
+        "lane_sums": rows * (LANES * 4), "query_scales": per_row,
+        "factors": per_row, "new_factors": per_row, "weight_scales": per_row,
         "partial": partial_bytes(rows, padded_head_dim),
         "total": partial_bytes(rows, padded_head_dim),
     }  # fmt: skip
@@ -136,7 +128,6 @@ class _Attention:
         block = self.block = Record(emitter, record, QUERY_BLOCK_FIELDS)
         self.rows = block.num_tokens * self.group
         self.few = self.rows <= FEW_ROWS
-        self.key_bytes_ahead, self.value_bytes_ahead = self._bytes_ahead()
         self.first_position = block.first_position
         self.at = {
             name: self.scratch + place for name, place in _places(self.rows, self.padded).items()
@@ -155,10 +146,14 @@ class _Attention:
                 whole.select(self.at["partial"], self._partial_address(split)), self.rows
             )
             self._clear(partial)
-            start = emitter.maximum(split * SPLIT, first_page)
+            start = emitter.maximum(split * SPLIT, first_page // CHUNK * CHUNK)
             stop = emitter.minimum((split + 1) * SPLIT, end)
-            with emitter.range(start, stop, PAGE_TOKENS) as position:
-                self._page(partial, position, end)
+            with emitter.range(start, stop, CHUNK) as chunk:
+                self.start = emitter.maximum(chunk, first_page)
+                self.stop = emitter.minimum(chunk + CHUNK, (stop + PAGE_TOKENS - 1) & -PAGE_TOKENS)
+                self._meet_keys()
+                self._weights(partial)
+                self._meet_values(end, partial)
             with emitter.range(0, self.rows) as row:
                 lanes = emitter.load(self.at["lane_sums"] + row * (LANES * 4), vector(F32, LANES))
                 emitter.store(partial.sums + row * 4, emitter.sum(lanes))
@@ -178,29 +173,6 @@ class _Attention:
             to = m.out + self._row_offset(row, m.out_stride)
             _copy(emitter, total.out + row * self.padded * 4, to, self.dim, inverse)
 
-    def _bytes_ahead(self) -> tuple[Value, Value]:
-        """Of the next page's keys and values, what each step of a product must ask for so that few
-        rows have asked for all of them.
-        """
-        emitter, kind = self.emitter, self.kind
-        vectors, halves = PAGE_TOKENS // emitter.target.lanes, self.padded // LANES
-        key_steps = value_steps = emitter.constant(1)
-        for rows in range(1, FEW_ROWS + 1):
-            tiles = _tiles(rows, FEW)
-            passes = sum(vectors // self._width(count) for count in tiles)
-            blocks = halves * 0
-            for count in tiles:
-                blocks = blocks + (halves + self._halves(count) - 1) // self._halves(count)
-            found = self.rows.equals(rows)
-            key_steps = found.select(self.query_steps * passes, key_steps)
-            value_steps = found.select(blocks * kind.steps(PAGE_TOKENS), value_steps)
-        key_bytes = kind.head_bytes(self.query_steps * PAGE_TOKENS)
-        value_bytes = kind.head_bytes(self.padded * kind.steps(PAGE_TOKENS))
-        return (
-            (key_bytes + key_steps - 1) // key_steps,
-            (value_bytes + value_steps - 1) // value_steps,
-        )
-
     def _width(self, count: int) -> int:
         """Vectors of keys that `count` rows meet at once."""
         vectors = PAGE_TOKENS // self.emitter.target.lanes
@@ -219,17 +191,21 @@ class _Attention:
         return self.block.partials + index * partial_bytes(self.rows, self.padded)
 
     def _take_queries(self) -> None:
-        """The rows' queries, contiguous: as they are, or as multiples of a scale each."""
+        """The rows' queries, contiguous: as they are, or as multiples of a scale each. Their scores
+        will be powers of 2, unless they have to be capped before.
+        """
         emitter, m, at = self.emitter, self.m, self.at
+        capped = m.softcap.differs(0)
+        unit = capped.select(emitter.constant(1.0, F32), emitter.constant(LOG2_E, F32))
         with emitter.range(0, self.rows) as row:
             source = m.qkv + self._row_offset(row, m.qkv_stride)
             to = at["queries"] + row * self.query_steps * WIDE_BYTES
             if self.kind.name == "f16":
-                _copy(emitter, source, to, self.dim, emitter.constant(1.0, F32))
+                _copy(emitter, source, to, self.dim, unit)
             else:
-                self._quantize_query(source, to, at["query_scales"] + row * 4)
+                self._quantize_query(source, to, at["query_scales"] + row * 4, unit)
 
-    def _quantize_query(self, source: Value, to: Value, scale: Value) -> None:
+    def _quantize_query(self, source: Value, to: Value, scale: Value, unit: Value) -> None:
         emitter = self.emitter
         largest = emitter.variable(emitter.constant(0.0, F32))
         whole = (self.dim >> 4) << 4
@@ -250,7 +226,7 @@ class _Attention:
 
         each(measure)
         each(convert)
-        emitter.store(scale, largest.get() / LARGEST_FACTOR)
+        emitter.store(scale, largest.get() / LARGEST_FACTOR * unit)
 
     def _clear(self, partial: _Partial) -> None:
         """A partial, and the lanes of its sums, that have seen nothing."""
@@ -264,53 +240,59 @@ class _Attention:
         with emitter.range(0, self.rows) as row:
             emitter.store(self.at["lane_sums"] + row * (LANES * 4), zero)
 
-    def _page(self, partial: _Partial, start: Value, end: Value) -> None:
-        """The rows meet the page of the keys from `start` on."""
-        emitter, m, at = self.emitter, self.m, self.at
-        following = start + PAGE_TOKENS
-        ahead = (following < end).select(following, start)
-        page, next_page = (
-            load_int32(emitter, self.block.pages, where // PAGE_TOKENS) * m.page_bytes
-            for where in (start, ahead)
-        )
-        self.to_next = next_page - page
-        key_lanes = self.query_steps * PAGE_TOKENS
-        value_lanes = self.padded * self.kind.steps(PAGE_TOKENS)
-        keys = m.keys + page + self.kv_head * self.kind.head_bytes(key_lanes)
-        values = m.values + page + self.kv_head * self.kind.head_bytes(value_lanes)
-        self.ahead, self.ahead_end = emitter.variable(keys), emitter.variable(keys)
-        many = self.few.equals(0)
-        with emitter.when(many):
-            self._widen(keys, at["keys"], key_lanes)
-            self._widen(values, at["values"], value_lanes)
-        if self.kind.name == "int8":
-            self._take_scales(keys + key_lanes * LANE_BYTES, at["key_scales"])
-            self._take_scales(values + value_lanes * LANE_BYTES, at["value_scales"])
+    def _keys(self, position: Value) -> Value:
+        """The address of the head's keys of the page that begins at `position`."""
+        return self.m.keys + self._in_page(position, self.query_steps * PAGE_TOKENS)
 
-        self._look_ahead(keys, key_lanes)
-        self._over_rows(lambda few, count, row: self._scores(few, count, row, keys))
-        with emitter.when(m.softcap.differs(0)):
-            _soft_cap(emitter, at["scores"], self.rows * PAGE_TOKENS, m.float("softcap"))
-        first, last = self.first_position, self.first_position + self.block.num_tokens - 1
-        seen_by_all = (following <= first + 1) & (start > last - m.window)
-        for masked in (False, True):
-            with emitter.when(seen_by_all.equals(int(not masked))):
-                self._weights(partial, start, masked)
-        self._look_ahead(values, value_lanes)
-        self._over_rows(lambda few, count, row: self._weigh(few, count, row, values, partial))
+    def _values(self, position: Value) -> Value:
+        return self.m.values + self._in_page(position, self.padded * self.kind.steps(PAGE_TOKENS))
 
-    def _look_ahead(self, source: Value, lanes: Value) -> None:
-        """From now on `_ask` asks for what lies there in the next page, which no hardware can
-        guess.
+    def _in_page(self, position: Value, lanes: Value) -> Value:
+        number = load_int32(self.emitter, self.block.pages, position // PAGE_TOKENS)
+        return number * self.m.page_bytes + self.kv_head * self.kind.head_bytes(lanes)
+
+    def _meet_keys(self) -> None:
+        """The scores of all rows and a chunk of keys; -inf where a row does not see a key. Asks for
+        the values.
         """
-        self.ahead.set(source + self.to_next)
-        self.ahead_end.set(self.ahead.get() + self.kind.head_bytes(lanes))
+        emitter, m, at = self.emitter, self.m, self.at
+        lanes = self.query_steps * PAGE_TOKENS
+        with emitter.range(self.start, self.stop, PAGE_TOKENS) as position:
+            keys, ahead = self._keys(position), self._values(position)
+            with emitter.when(self.few.equals(0)):
+                self._widen(keys, at["keys"], lanes, ahead - keys)
+            if self.kind.name == "int8":
+                self._take_scales(keys + lanes * LANE_BYTES, at["key_scales"])
+            scores = at["scores"] + (position - self.start) * 4
+            self._over_rows(
+                lambda few, count, row: self._scores(few, count, row, keys, scores, ahead - keys)
+            )
+        with emitter.when(m.softcap.differs(0)):
+            _soft_cap(emitter, at["scores"], self.rows * CHUNK, m.float("softcap"))
+        first, last = self.first_position, self.first_position + self.block.num_tokens - 1
+        hidden = (self.stop > first + 1) | (self.start <= last - m.window)
+        with emitter.when(hidden), emitter.range(0, self.rows) as row:
+            visible = first + row // self.group - self.start + 1
+            _hide(emitter, at["scores"] + row * (CHUNK * 4), visible, m.window)
 
-    def _ask(self, num_bytes: Value) -> None:
-        """Asks for `num_bytes` more: too many lines at once would have to wait for each other."""
-        now = self.ahead.get()
-        self.emitter.prefetch(self.emitter.minimum(now, self.ahead_end.get() - LINE))
-        self.ahead.set(now + num_bytes)
+    def _meet_values(self, end: Value, partial: _Partial) -> None:
+        """What all rows weigh of a chunk of values is added to the partial. Asks for the next keys,
+        which no hardware can guess.
+        """
+        emitter, at, kind = self.emitter, self.at, self.kind
+        lanes = self.padded * kind.steps(PAGE_TOKENS)
+        with (
+            emitter.when(self.few.equals(0)),
+            emitter.range(self.start, self.stop, PAGE_TOKENS) as position,
+        ):
+            values = self._values(position)
+            to = at["values"] + kind.steps(position - self.start) * self.padded * WIDE_BYTES
+            self._widen(values, to, lanes, self._next_keys(position, end) - values)
+        self._over_rows(lambda few, count, row: self._weigh(few, count, row, end, partial))
+
+    def _next_keys(self, position: Value, end: Value) -> Value:
+        following = position + CHUNK
+        return self._keys((following < end).select(following, position))
 
     def _over_rows(self, write: Callable[[bool, int, Value], None]) -> None:
         """Rows in tiles: `write(few, count, first row)`."""
@@ -327,11 +309,11 @@ class _Attention:
                         write(few, size, done.get())
                         done.add(size)
 
-    def _widen(self, source: Value, to: Value, count: Value) -> None:
-        """`count` lanes, a multiple of 16; asks for the next page, which no hardware can guess."""
+    def _widen(self, source: Value, to: Value, count: Value, ahead: Value) -> None:
+        """`count` lanes, a multiple of 16; asks for what lies `ahead` of them."""
         emitter = self.emitter
         with emitter.range(0, count, LANES) as at:
-            emitter.prefetch(source + self.to_next + at * LANE_BYTES)
+            emitter.prefetch(source + at * LANE_BYTES + ahead)
             stored = emitter.load(source + at * LANE_BYTES, vector(I16, LANES))
             emitter.store(to + at * WIDE_BYTES, self.kind.widen(stored))
 
@@ -340,7 +322,9 @@ class _Attention:
             scales = load_scales(self.emitter, source + first * 2, LANES)
             self.emitter.store(to + first * 4, scales)
 
-    def _scores(self, few: bool, count: int, row: Value, keys: Value) -> None:
+    def _scores(
+        self, few: bool, count: int, row: Value, keys: Value, scores: Value, ahead: Value
+    ) -> None:
         """scores[row][key] = query[row] . key, a page of keys, one key a lane."""
         emitter, kind, at = self.emitter, self.kind, self.at
         lanes = emitter.target.lanes
@@ -352,18 +336,13 @@ class _Attention:
             sums = [
                 [emitter.variable(kind.zero(lanes)) for _ in range(width)] for _ in range(count)
             ]
-
-            def addresses(step: Value, part: int = part) -> list[Value]:
-                line = base + step * (PAGE_TOKENS * size)
-                return [line + (part + i) * lanes * size for i in range(width)]
-
             products(
-                kind, sums, self.query_steps,
-                lambda i, step: queries + (self.query_steps * i + step) * WIDE_BYTES,
-                addresses, few, lambda: self._ask(self.key_bytes_ahead),
+                kind, sums, self.query_steps, queries, self.query_steps * WIDE_BYTES,
+                base + part * lanes * size, PAGE_TOKENS * size, few,
+                ahead if few and not part else None,
             )  # fmt: skip
             for i in range(count):
-                to = at["scores"] + (row + i) * (PAGE_TOKENS * 4)
+                to = scores + (row + i) * (CHUNK * 4)
                 for j in range(width):
                     key = (part + j) * lanes
                     score = sums[i][j].get()
@@ -373,61 +352,79 @@ class _Attention:
                         score = emitter.to_float(score) * (scales * scale)
                     emitter.store(to + key * 4, score)
 
-    def _weights(self, partial: _Partial, start: Value, masked: bool) -> None:
-        """Scores become weights; the running maxima and sums take them in. Where some rows do not
-        see the whole page, `masked`.
+    def _weights(self, partial: _Partial) -> None:
+        """The scores of a chunk become weights, in their place; the running maxima and sums take
+        them in.
         """
-        emitter, at, floats = self.emitter, self.at, vector(F32, LANES)
-
-        def scores(row: Value) -> list[Value]:
-            here = at["scores"] + row * (PAGE_TOKENS * 4)
-            if masked:
-                visible = self.first_position + row // self.group - start + 1
-                return _masked(emitter, here, visible, self.m.window)
-            return [emitter.load(here + i * 4, floats) for i in range(0, PAGE_TOKENS, LANES)]
-
-        with emitter.range(0, self.rows) as row:
-            largest = emitter.maximum(*scores(row))
-            emitter.store(at["page_maxima"] + row * 4, emitter.fold(largest, emitter.maximum))
-        with emitter.range(0, self.rows, LANES) as row:
-            before = emitter.load(partial.maxima + row * 4, floats)
-            now = emitter.maximum(before, emitter.load(at["page_maxima"] + row * 4, floats))
-            emitter.store(partial.maxima + row * 4, now)
-            emitter.store(at["factors"] + row * 4, exp_of_negative(emitter, before - now))
-        with emitter.range(0, self.rows) as row:
-            maximum = emitter.broadcast(partial.maxima + row * 4, F32, LANES)
-            weights = [exp_of_negative(emitter, score - maximum) for score in scores(row)]
-            factor = emitter.broadcast(at["factors"] + row * 4, F32, LANES)
-            sums = at["lane_sums"] + row * (LANES * 4)
-            total = emitter.load(sums, floats) * factor + (weights[0] + weights[1])
-            emitter.store(sums, total)
-            self._keep_weights(row, weights)
-
-    def _keep_weights(self, row: Value, weights: list[Value]) -> None:
-        """In the place of the row's scores: as they are, or times the values' scales and as
-        multiples of a scale of their own.
-        """
-        emitter, at = self.emitter, self.at
-        to, size = at["scores"] + row * (PAGE_TOKENS * 4), 4
+        emitter, at, lanes = self.emitter, self.at, self.emitter.target.lanes
+        floats, count = vector(F32, lanes), self.stop - self.start
         if self.kind.name == "int8":
-            scales = [
-                emitter.load(at["value_scales"] + i * 4, vector(F32, LANES))
-                for i in range(0, PAGE_TOKENS, LANES)
-            ]
-            scaled = [weight * scale for weight, scale in zip(weights, scales, strict=True)]
-            largest = largest_of(emitter, scaled)
-            emitter.store(at["weight_scales"] + row * 4, largest / LARGEST_FACTOR)
-            weights, size = to_factors(emitter, scaled, largest), 2
-        for i, weight in enumerate(weights):
-            emitter.store(to + i * (LANES * size), weight)
+            with emitter.range(self.start, self.stop, PAGE_TOKENS) as position:
+                codes = self.padded * self.kind.steps(PAGE_TOKENS) * LANE_BYTES
+                to = at["value_scales"] + (position - self.start) * 4
+                self._take_scales(self._values(position) + codes, to)
+        with emitter.range(0, self.rows) as row:
+            scores, largest = (
+                at["scores"] + row * (CHUNK * 4),
+                emitter.variable(emitter.constant(LEAST, floats)),
+            )
+            with emitter.range(0, count, PAGE_TOKENS) as key:
+                for i in range(0, PAGE_TOKENS, lanes):
+                    score = emitter.load(scores + (key + i) * 4, floats)
+                    largest.set(emitter.maximum(largest.get(), score))
+            before = emitter.broadcast(partial.maxima + row * 4, F32, lanes)
+            now = emitter.maximum(before, emitter.fold_all(largest.get(), emitter.maximum))
+            emitter.store(partial.maxima + row * 4, emitter.extract(now, 0))
+            factor = exp2_of_negative(emitter, before - now)
+            emitter.store(at["factors"] + row * 4, emitter.extract(factor, 0))
+        with emitter.range(0, self.rows) as row:
+            self._weights_of(row, partial, count)
 
-    def _weigh(self, few: bool, count: int, row: Value, values: Value, partial: _Partial) -> None:
-        """out[row] = factor[row] * out[row] + weights[row] . values, a page of values."""
+    def _weights_of(self, row: Value, partial: _Partial, count: Value) -> None:
+        """A row's scores become weights: as they are, or times the values' scales and as multiples
+        of a scale of their own.
+        """
+        emitter, at, lanes = self.emitter, self.at, self.emitter.target.lanes
+        floats, scores = vector(F32, lanes), at["scores"] + row * (CHUNK * 4)
+        maximum, factor = (
+            emitter.broadcast(address + row * 4, F32, lanes)
+            for address in (partial.maxima, at["factors"])
+        )
+        sums = at["lane_sums"] + row * (LANES * 4)
+        totals = [
+            emitter.variable(emitter.load(sums + i * 4, floats) * factor)
+            for i in range(0, LANES, lanes)
+        ]
+        largest = emitter.variable(emitter.constant(0.0, floats))
+        with emitter.range(0, count, PAGE_TOKENS) as key:
+            for i in range(0, PAGE_TOKENS, lanes):
+                place = (key + i) * 4
+                weight = exp2_of_negative(emitter, emitter.load(scores + place, floats) - maximum)
+                totals[i % LANES // lanes].add(weight)
+                if self.kind.name == "int8":
+                    weight = weight * emitter.load(at["value_scales"] + place, floats)
+                    largest.set(emitter.maximum(largest.get(), weight))
+                emitter.store(scores + place, weight)
+        for i, total in enumerate(totals):
+            emitter.store(sums + i * lanes * 4, total.get())
+        if self.kind.name == "int8":
+            greatest = emitter.fold(largest.get(), emitter.maximum)
+            emitter.store(at["weight_scales"] + row * 4, greatest / LARGEST_FACTOR)
+            with emitter.range(0, count, PAGE_TOKENS) as key:
+                weights = [
+                    emitter.load(scores + (key + i) * 4, vector(F32, LANES))
+                    for i in range(0, PAGE_TOKENS, LANES)
+                ]
+                for i, factors in enumerate(to_factors(emitter, weights, greatest)):
+                    emitter.store(scores + key * 2 + i * (LANES * 2), factors)
+
+    def _weigh(self, few: bool, count: int, row: Value, end: Value, partial: _Partial) -> None:
+        """out[row] = factor[row] * out[row] + weights[row] . values, a chunk of values."""
         emitter, kind, at = self.emitter, self.kind, self.at
         lanes, padded = emitter.target.lanes, self.padded
         floats = vector(F32, lanes)
-        base, size = (values, LANE_BYTES) if few else (at["values"], WIDE_BYTES)
-        weights, out = at["scores"] + row * (PAGE_TOKENS * 4), partial.out + row * padded * 4
+        size = LANE_BYTES if few else WIDE_BYTES
+        weights, out = at["scores"] + row * (CHUNK * 4), partial.out + row * padded * 4
 
         def columns(first: Value, width: int) -> None:
             """`width` vectors of columns from `first` on."""
@@ -435,10 +432,6 @@ class _Attention:
             def before(i: int, j: int) -> Value:
                 change = emitter.broadcast(at["factors"] + (row + i) * 4, F32, lanes)
                 return emitter.load(out + (padded * i + first + j * lanes) * 4, floats) * change
-
-            def addresses(step: Value) -> list[Value]:
-                line = base + (step * padded + first) * size
-                return [line + j * lanes * size for j in range(width)]
 
             is_float = kind.name == "f16"
             sums = [
@@ -448,11 +441,16 @@ class _Attention:
                 ]
                 for i in range(count)
             ]
-            products(
-                kind, sums, kind.steps(PAGE_TOKENS),
-                lambda i, step: weights + step * WIDE_BYTES + i * (PAGE_TOKENS * 4),
-                addresses, few, lambda: self._ask(self.value_bytes_ahead),
-            )  # fmt: skip
+            with emitter.range(self.start, self.stop, PAGE_TOKENS) as position:
+                done = kind.steps(position - self.start)
+                values, ahead = at["values"] + done * padded * size, None
+                if few:
+                    values = self._values(position)
+                    ahead = self._next_keys(position, end) - values
+                products(
+                    kind, sums, kind.steps(PAGE_TOKENS), weights + done * WIDE_BYTES, CHUNK * 4,
+                    values + first * size, padded * size, few, ahead,
+                )  # fmt: skip
             for i in range(count):
                 for j in range(width):
                     found = sums[i][j].get()
@@ -473,13 +471,13 @@ class _Attention:
     def _merge(self, total: _Partial, partial: _Partial) -> None:
         """total takes in a split's partial."""
         emitter, at, floats = self.emitter, self.at, vector(F32, LANES)
-        old, new = at["factors"], at["page_maxima"]
+        old, new = at["factors"], at["new_factors"]
         with emitter.range(0, self.rows, LANES) as row:
             before = emitter.load(total.maxima + row * 4, floats)
             also = emitter.load(partial.maxima + row * 4, floats)
             now = emitter.maximum(before, also)
             emitter.store(total.maxima + row * 4, now)
-            factors = [exp_of_negative(emitter, each - now) for each in (before, also)]
+            factors = [exp2_of_negative(emitter, each - now) for each in (before, also)]
             emitter.store(old + row * 4, factors[0])
             emitter.store(new + row * 4, factors[1])
             sums = [emitter.load(each.sums + row * 4, floats) for each in (total, partial)]
@@ -505,29 +503,28 @@ def _copy(emitter: Emitter, source: Value, to: Value, count: Value, factor: Valu
 
 
 def _soft_cap(emitter: Emitter, scores: Value, count: Value, cap: Value) -> None:
-    """score = cap * tanh(score / cap); `count` is a multiple of 16."""
+    """score = cap * tanh(score / cap) as a power of 2; `count` is a multiple of 16."""
     floats = vector(F32, LANES)
-    wide, twice = emitter.splat(cap, LANES), emitter.splat(2.0 / cap, LANES)
+    wide, twice = emitter.splat(cap * LOG2_E, LANES), emitter.splat(2.0 / cap, LANES)
     with emitter.range(0, count, LANES) as at:
         power = exp(emitter, emitter.load(scores + at * 4, floats) * twice)
         emitter.store(scores + at * 4, wide - (wide + wide) / (power + 1.0))
 
 
-def _masked(emitter: Emitter, scores: Value, visible: Value, window: Value) -> list[Value]:
-    """A row's scores of a page: -inf from the `visible`-th key on, and more than `window` keys
+def _hide(emitter: Emitter, scores: Value, visible: Value, window: Value) -> None:
+    """-inf for a row's scores of a chunk from the `visible`-th key on, and more than `window` keys
     before it.
     """
     floats = vector(F32, LANES)
     limit, oldest = (
         emitter.splat(emitter.cast(key, I32, "trunc"), LANES) for key in (visible, visible - window)
     )
-    found = []
-    for first in range(0, PAGE_TOKENS, LANES):
+    for first in range(0, CHUNK, LANES):
         index = emitter.vector_constant(range(first, first + LANES), I32)
         hidden = emitter.constant(float("-inf"), floats)
         seen = (index < limit) & (index >= oldest)
-        found.append(seen.select(emitter.load(scores + first * 4, floats), hidden))
-    return found
+        score = emitter.load(scores + first * 4, floats)
+        emitter.store(scores + first * 4, seen.select(score, hidden))
 
 
 def attention_unit() -> Unit:

@@ -509,5 +509,13 @@ class Emitter:
             value = combine(low, high)
         return self.extract(value, 0)
 
+    def fold_all(self, value: Value, combine: Callable[[Value, Value], Value]) -> Value:
+        """All lanes combined, in every lane."""
+        lanes, half = value.type.count, value.type.count // 2
+        while half:
+            other = self.shuffle(value, value, [lane ^ half for lane in range(lanes)])
+            value, half = combine(value, other), half // 2
+        return value
+
     def sum(self, value: Value) -> Value:
         return self.fold(value, lambda a, b: a + b)

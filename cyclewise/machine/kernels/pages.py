@@ -31,7 +31,8 @@ LARGEST_CODE, LARGEST_FACTOR = 127.0, 32767.0
 LEAST_SCALED = 1e-30
 """Factors that are all smaller are taken for zeros."""
 
-Pairs = tuple[int, int]
+STEPS = 4
+"""Of a product of few rows, in one turn of its loop."""
 
 
 class Halves:
@@ -220,22 +221,26 @@ def products(
     kind: Kind,
     sums: list[list[Variable]],
     steps: Value | int,
-    scalars: Callable[[int, Value], Value],
-    vectors: Callable[[Value], list[Value]],
+    scalars: Value,
+    row_bytes: Value | int,
+    vectors: Value,
+    step_bytes: Value | int,
     few: bool,
-    ahead: Callable[[], None],
+    ahead: Value | None,
 ) -> None:
-    """sums[row][i] += scalars(row) * vectors[i] over all steps, both read from memory: first
-    whichever are fewer, so that registers hold them.
+    """sums[row][i] += scalars[row][step] * vectors[step][i] over all steps, both read from memory:
+    first whichever are fewer, so that registers hold them.
 
     Args:
-        scalars: the address of a row's number of a step.
-        vectors: the addresses of a step's vectors, as they are stored if `few` and wide otherwise.
-        ahead: asks for some of what will be wanted, where they are read from a page.
+        scalars: the address of the first row's first number; rows are `row_bytes` apart.
+        vectors: the address of the first step's first vector, as they are stored if `few` and wide
+            otherwise; steps are `step_bytes` apart.
+        ahead: how far behind each step's vectors lies what is asked for.
     """
     emitter = kind.emitter
     lanes = emitter.target.lanes
     rows, width = range(len(sums)), range(len(sums[0]))
+    size = LANE_BYTES if few else WIDE_BYTES
 
     def found(address: Value) -> Value:
         if few:
@@ -245,12 +250,14 @@ def products(
     def add(row: int, i: int, left: Value, right: Value) -> None:
         sums[row][i].set(kind.add(left, right, sums[row][i].get()))
 
-    with emitter.range(0, steps) as step:
-        if few:
-            ahead()
-        addresses = vectors(step)
+    def take(step: int) -> None:
+        here = line.get() + step * step_bytes
+        if ahead is not None:
+            emitter.prefetch(here + ahead)
+        addresses = [here + i * (lanes * size) for i in width]
+        numbers = [number.get() + row * row_bytes + step * WIDE_BYTES for row in rows]
         if len(rows) < len(width):
-            held = [kind.scalar(scalars(row, step), lanes) for row in rows]
+            held = [kind.scalar(address, lanes) for address in numbers]
             for i in width:
                 right = found(addresses[i])
                 for row in rows:
@@ -258,9 +265,24 @@ def products(
         else:
             held = [found(address) for address in addresses]
             for row in rows:
-                left = kind.scalar(scalars(row, step), lanes)
+                left = kind.scalar(numbers[row], lanes)
                 for i in width:
                     add(row, i, left, held[i])
+
+    line, number = emitter.variable(vectors), emitter.variable(scalars)
+
+    def turns(count: Value | int, at_once: int) -> None:
+        with emitter.range(0, count):
+            for step in range(at_once):
+                take(step)
+            line.add(at_once * step_bytes)
+            number.add(at_once * WIDE_BYTES)
+
+    # From the first-level cache alone, many rows are no faster for it.
+    at_once = STEPS if few else 1
+    turns(steps // at_once, at_once)
+    if few and isinstance(steps, Value):
+        turns(steps % at_once, 1)
 
 
 def clamp(emitter: Emitter, value: Value) -> Value:
