@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-arm64 check bench docs-figures clean
+.PHONY: demo test test-slow test-arm64 test-clients check bench docs-figures clean
 
 demo: $(READY)
 	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
@@ -18,6 +18,10 @@ test-slow: $(READY)
 test-arm64: $(READY)
 	PYTHON=$(BIN)/python tests/arm64.sh
 
+# Suites that others wrote, against a server of ours (docs/compatibility.md); downloads them.
+test-clients: $(READY)
+	$(BIN)/python -m tests.clients.run
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -30,7 +34,7 @@ docs-figures: $(READY)
 	$(BIN)/python benchmarks/docs_figures.py
 
 clean:
-	rm -rf .venv .arm64
+	rm -rf .venv .arm64 .clients
 
 # Made anew whenever the dependencies may have changed. The stamp comes last, so that an interrupted
 # installation starts over.

@@ -95,9 +95,8 @@ class SamplingParams:
                     f"for the most likely token alone use temperature 0"
                 )
         check_number("min_p", self.min_p, 0, 1, "0 keeps all tokens")
-        check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "1 is none")
-        if self.repetition_penalty == 0:
-            raise InvalidParameterError("repetition_penalty must be greater than 0 (1 is none)")
+        # logits that it multiplies or divides stay far from float32's limits
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100, "1 is none")
         check_number("presence_penalty", self.presence_penalty, -2, 2, "0 is none")
         check_number("frequency_penalty", self.frequency_penalty, -2, 2, "0 is none")
         if not isinstance(self.logit_bias, Mapping):

@@ -255,6 +255,12 @@ _LOOKS: dict[str, tuple[type[Answer] | None, str, tuple[int, ...]]] = {
     "/metrics": (None, "Numbers for Prometheus", ()),
     "/openapi.json": (None, "This description", ()),
 }
+_EVENT = {
+    "description": "of each server-sent event that `stream` asks for; `data` is JSON or [DONE]",
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _TEXTS = {"/metrics": "text/plain"}
 _ERRORS = {
     400: "the request is wrong in itself: `param` names the field",
@@ -292,8 +298,7 @@ def document(*, keyed: bool) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": schemas[request]}}}
         content: dict[str, Any] = {"application/json": {"schema": schemas[answer]}}
         if path in _STREAMED:
-            events = {"type": "string", "description": "server-sent events: `stream` asks for them"}
-            content["text/event-stream"] = {"schema": events}
+            content["text/event-stream"] = {"schema": _EVENT}
         operation = _operation(summary, content, _OF_REQUESTS, schemas[ErrorAnswer])
         paths[path] = {"post": {**operation, "requestBody": body}}
     for path, (look, summary, errors) in _LOOKS.items():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cyclewise.engine.request import MAX_ANSWERS, SamplingParams
 from cyclewise.engine.scheduler import MAX_PRIORITY
@@ -29,6 +29,15 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):  # Python takes 0 for False
+        raise ValueError("must be false")
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+
+
 class Fields(BaseModel):
     """What all parts of a request are."""
 
@@ -37,7 +46,7 @@ class Fields(BaseModel):
 
 class StreamOptions(Fields):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class JsonSchema(Fields):
@@ -87,13 +96,13 @@ class Sampling(Fields):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
 
     # not of OpenAI's API
     top_k: int | None = Field(None, ge=0, le=_LARGEST)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     regex: str | None = None

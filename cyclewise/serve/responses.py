@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from cyclewise.serve.errors import bad
-from cyclewise.serve.protocol import MAX_TOOLS, ChatRequest, Count, Fields, read
+from cyclewise.serve.protocol import MAX_TOOLS, ChatRequest, Count, Fields, Off, read
 from cyclewise.serve.tools import Said, ToolCalls
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ResponsesRequest(Fields):
     parallel_tool_calls: bool | None = None
 
     # taken, and without effect
-    store: Literal[False] | None = None
+    store: Off | None = None
     truncation: Literal["disabled"] | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None

@@ -26,6 +26,8 @@ from cyclewise.text.answer import overlap
 from cyclewise.text.structure import CALL_BEGINS, CALL_ENDS, call_head
 
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+_CLOSED = {"type", "properties", "required", "title", "description", "$defs", "$schema"}
+"""What a schema may hold whose `properties` are all that it names."""
 _INSTRUCTIONS = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -69,7 +71,7 @@ def tools_of(request: ChatRequest) -> Tools | None:
             raise bad(f"two tools are named {function.name!r}", f"tools[{i}].function.name")
         if schema.setdefault("type", "object") != "object":
             raise bad("arguments are an object", f"tools[{i}].function.parameters.type")
-        functions[function.name] = schema
+        functions[function.name] = _closed(schema)
     if isinstance(choice, NamedTool):
         chosen = choice.function.name
         if chosen not in functions:
@@ -84,6 +86,21 @@ def tools_of(request: ChatRequest) -> Tools | None:
     }
     offered = [tool.model_dump(exclude_none=True) for tool in tools]
     return Tools(offered, json.dumps(structure), list(functions))
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same for arguments: a function has none beside those that it names, though JSON Schema
+    would let more through.
+    """
+    properties = schema.get("properties")
+    if not isinstance(properties, dict) or not schema.keys() <= _CLOSED:
+        return schema
+    required = schema.get("required", [])
+    if not isinstance(required, list) or any(
+        not isinstance(each, str) or each not in properties for each in required
+    ):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def in_words(

@@ -43,13 +43,15 @@ def flags() -> argparse.Namespace:
     return parser.parse_known_args()[0]
 
 
-def stories(folder: Path, path: Path, given: argparse.Namespace) -> None:
-    """Write stories260K, with the template that the flags ask for."""
-    template = given.chat_template
+def template(given: argparse.Namespace) -> str:
+    """The chat template that the flags ask for."""
     if given.chat_template_file is not None:
-        template = given.chat_template_file.read_text()
-    if template is None or template == "chatml":
-        template = CHATML
+        return str(given.chat_template_file.read_text())
+    return CHATML if given.chat_template in (None, "chatml") else str(given.chat_template)
+
+
+def write_stories(folder: Path, path: Path, template: str) -> None:
+    """Write stories260K as a file that our server reads."""
     vocabulary = tiny.stories_vocabulary(folder / "tok512.bin")
     tiny.write_stories(
         folder / "stories260K.bin", path, {**vocabulary, "tokenizer.chat_template": template}
@@ -78,6 +80,6 @@ def arguments(given: argparse.Namespace, model: Path) -> list[str]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         given, model = flags(), Path(place) / "stories260K.gguf"
-        stories(Path(os.environ["STORIES260K"]), model, given)
+        write_stories(Path(os.environ["STORIES260K"]), model, template(given))
         sys.argv[1:] = arguments(given, model)
         main()

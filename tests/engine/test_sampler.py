@@ -301,6 +301,8 @@ def test_some_tokens_ruled_out():
         {"min_p": -0.1},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 101},
         {"typical_p": 0},
         {"typical_p": 1.5},
         {"presence_penalty": 2.1},

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cyclewise.serve.tools import Said, ToolCalls
+from cyclewise.serve.protocol import ChatRequest
+from cyclewise.serve.tools import Said, ToolCalls, tools_of
 from tests.engine.toy import scripted
 from tests.serve.test_answers import CHAT
 from tests.serve.toys import error_of, events
@@ -15,6 +16,7 @@ CITY = {
 }  # fmt: skip
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
 CLOCK = {"type": "function", "function": {"name": "clock", "description": "Says the time."}}
+CHAT_REQUEST = {"messages": [{"role": "user", "content": "hi"}]}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "a\\"}b"}}\n</tool_call>'
 CLOCK_CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 
@@ -183,3 +185,26 @@ def test_an_answer_that_is_cut_off():
     calls = ToolCalls(["f"])
     assert calls.push('<tool_call>\n{"name": "f", "argu') == []
     assert calls.end() == []
+
+
+def test_a_function_has_no_arguments_but_its_own(make):
+    def arguments(parameters):
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        structure = tools_of(ChatRequest(**CHAT_REQUEST, tools=[tool])).structure
+        return json.loads(structure)["functions"]["f"]
+
+    one = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    assert arguments(one) == {**one, "additionalProperties": False}
+    assert arguments({"properties": {}}) == {
+        "type": "object",
+        "properties": {},
+        "additionalProperties": False,
+    }
+    for open_one in (
+        {"type": "object"},
+        {**one, "additionalProperties": True},
+        {**one, "patternProperties": {"b": True}},
+        {**one, "required": ["b"]},
+        {**one, "required": [["a"]]},
+    ):
+        assert arguments(open_one) == open_one
