@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,22 +110,32 @@ def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Se
     from cyclewise.engine.engine import Engine
     from cyclewise.serve.service import Service
     from cyclewise.text.process import TextProcess
+    from cyclewise.text.structure import Structures
     from cyclewise.text.tokenizer import Tokenizer
+    from cyclewise.text.trial import Trials
 
-    tokenizer = Tokenizer.from_metadata(loaded.metadata)
     template = loaded.metadata.get("tokenizer.chat_template")
     templates = [value for key, value in loaded.metadata.items() if key.startswith(_TEMPLATES)]
-    prompts = TextProcess(loaded.path)
-    try:
+    with ExitStack() as opened:
+        prompts = TextProcess(loaded.path)
+        opened.callback(prompts.close)
+        tokenizer = Tokenizer.from_metadata(loaded.metadata)
+        structures = None
+        if tokenizer.stop_ids:
+            trials = Trials(loaded.path, loaded.config.vocab_size)
+            opened.callback(trials.close)
+            # now, since it holds Python's lock for as long as it takes
+            structures = Structures(tokenizer, loaded.config.vocab_size, trials)
+            trials.wait()
         prompts.encode("").result()  # it has read the model by then
-        return Service(
+        service = Service(
             names[0], Engine(loaded), tokenizer, prompts,
             template=template if isinstance(template, str) else None, aliases=names[1:],
-            adapters=adapters, timeless="strftime_now" not in str(templates), on_close=loaded.close,
+            adapters=adapters, timeless="strftime_now" not in str(templates),
+            structures=structures, on_close=loaded.close,
         )  # fmt: skip
-    except BaseException:
-        prompts.close()
-        raise
+        opened.pop_all()
+        return service
 
 
 def _name(model: str) -> str:

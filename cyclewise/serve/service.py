@@ -21,7 +21,12 @@ import numpy as np
 from cyclewise import __version__
 from cyclewise.engine.job import Event, Job
 from cyclewise.engine.runner import Runner
-from cyclewise.errors import ContextLengthError, CyclewiseError, OverloadedError
+from cyclewise.errors import (
+    ContextLengthError,
+    CyclewiseError,
+    InvalidParameterError,
+    OverloadedError,
+)
 from cyclewise.machine.kernels.target import host_target
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.metrics import Metrics
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 MAX_ANSWERS = 128
 """Of all prompts of a request together."""
 _MAX_MAKING = 16  # structures that wait to be made
+_MAKERS = 4  # of these are made at once
 
 
 _KNOWN_TOKENS = 1 << 20
@@ -109,15 +115,17 @@ class Service:
         timeless: bool = True,
         aliases: Sequence[str] = (),
         adapters: Sequence[str] = (),
+        structures: Structures | None = None,
         limits: Limits | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        """name      of the model
-        template  the model's chat template, where its file has one
-        timeless  no template of its asks for the time, so that a chat is always written alike
-        aliases   other names that requests may call it
-        adapters  names of its LoRA adapters, in the order of their numbers
-        on_close  called at the end, when nothing runs any more
+        """name        of the model
+        template    the model's chat template, where its file has one
+        timeless    no template of its asks for the time, so that a chat is always written alike
+        aliases     other names that requests may call it
+        adapters    names of its LoRA adapters, in the order of their numbers
+        structures  for its vocabulary, where it has a token that ends a text
+        on_close    called at the end, when nothing runs any more
         """
         self.name = name
         self.aliases = tuple(aliases)
@@ -135,8 +143,8 @@ class Service:
         self.known_prompts: Memo[npt.NDArray[np.int32]] = Memo(_KNOWN_TOKENS)
         self.metrics = Metrics(self.runner.numbers, {"prompts": self.known_prompts})
         self.token_bytes = tokenizer.all_bytes()
-        self._structures: Structures | None = None
-        self._maker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structures")
+        self._structures = structures
+        self._maker = ThreadPoolExecutor(_MAKERS, thread_name_prefix="cyclewise-structures")
         self._num_making = 0
         self._on_close = on_close
 
@@ -262,9 +270,9 @@ class Service:
 
     def _make(self, ask: Ask) -> list[list[Structure]]:
         if self._structures is None:
-            from cyclewise.text.structure import Structures
-
-            self._structures = Structures(self.tokenizer, self.engine.vocab_size)
+            raise InvalidParameterError(
+                "this model has no token that ends a text, so it cannot end a structure"
+            )
         make, made = self._structures.make, []
         for _ in ask.prompts:
             each = [make(ask.params, ask.tool_calls) for _ in range(ask.params.n)]

@@ -33,8 +33,9 @@ _LENGTH = struct.Struct("<Q")
 _NUMBER = struct.Struct("<q")  # of a request; of one that failed, minus that
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from cyclewise.text.process import serve; serve(sys.argv[2])"
+    "from importlib import import_module; import_module(sys.argv[2]).serve(*sys.argv[3:])"
 )
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 class TextProcess:
@@ -51,7 +52,15 @@ class TextProcess:
         self._lock = threading.Lock()
         self._num_asked = 0
         self._closed = False
-        self._child = _Child(path)
+        self._child = self._start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a prompt would be read at once. A child that has ended is replaced."""
+        with self._lock:
+            if not self._closed:
+                self._replace()
+            return self._child.is_ready
 
     def encode(self, text: str, *, add_special: bool = True) -> Future[list[int]]:
         """The ids of a text, as `Tokenizer.encode` makes them: the future has them, or the error.
@@ -78,24 +87,41 @@ class TextProcess:
         with self._lock:
             if self._closed:
                 raise EngineError("the process that reads prompts was closed")
-            if self._child.ended:
-                self._child.close()
-                self._child = _Child(self._path)
+            self._replace()
             if self._child.num_pending >= self._max_pending:
                 raise OverloadedError(f"{self._max_pending} prompts wait to be read", 1.0)
             self._num_asked += 1
             return self._child.ask(self._num_asked, request)
 
+    def _replace(self) -> None:
+        if self._child.ended:
+            self._child.close()
+            self._child = self._start()
 
-class _Child:
-    """One child process, from its start to its end."""
+    def _start(self) -> Child:
+        return Child("cyclewise.text.process", [str(self._path)])
 
-    def __init__(self, path: Path) -> None:
-        arguments = [sys.executable, "-c", _START, json.dumps(sys.path), str(path)]
+
+class Child:
+    """One child process, from its start to its end: requests in JSON go in, whole numbers or an
+    error come out.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, single_threaded: bool = False
+    ) -> None:
+        """Start it.
+
+        module           whose `serve`, given the arguments, answers the requests of standard input
+        single_threaded  libraries start no threads in it: it may make copies of itself
+        """
+        command = [sys.executable, "-c", _START, json.dumps(sys.path), module, *arguments]
         # a session of its own: Ctrl-C is the parent's, and the child ends when its input does
         self._process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, **_ONE_THREAD} if single_threaded else None,
+        )  # fmt: skip
+        self.ready: Future[None] = Future()  # done when it has begun to answer, or has ended
         self._lock = threading.Lock()
         self._pending: dict[int, Future[list[int]]] = {}
         self.ended = False
@@ -107,6 +133,10 @@ class _Child:
     def num_pending(self) -> int:
         return len(self._pending)
 
+    @property
+    def is_ready(self) -> bool:
+        return self.ready.done() and not self.ended
+
     def ask(self, number: int, request: dict[str, Any]) -> Future[list[int]]:
         future: Future[list[int]] = Future()
         with self._lock:
@@ -117,6 +147,15 @@ class _Child:
         self._writer.submit(self._write, number, request)
         return future
 
+    def forget(self, number: int) -> None:
+        """What was asked is wanted no more."""
+        with self._lock:
+            self._pending.pop(number, None)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
     def _write(self, number: int, request: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         try:
@@ -125,7 +164,7 @@ class _Child:
             self._resolve(number, CyclewiseError(f"a prompt is no JSON: {error}"))
             return
         try:
-            _write_frame(self._process.stdin, number, data)
+            write_frame(self._process.stdin, number, data)
         except (OSError, ValueError):
             return  # it has ended, or was closed: the reader finds out
 
@@ -133,9 +172,11 @@ class _Child:
         import numpy as np
 
         assert self._process.stdout is not None
-        while frame := _read_frame(self._process.stdout):
+        while frame := read_frame(self._process.stdout):
             number, data = frame
-            if number > 0:
+            if number == 0:
+                self.ready.set_result(None)
+            elif number > 0:
                 self._resolve(number, np.frombuffer(data, "<i4").tolist())
             else:
                 name, message = json.loads(data)
@@ -143,6 +184,8 @@ class _Child:
                 self._resolve(-number, kind(message))
         with self._lock:
             self.ended = True
+        if not self.ready.done():
+            self.ready.set_exception(_ended())
         for number in list(self._pending):
             self._resolve(number, _ended())
 
@@ -171,15 +214,16 @@ class _Child:
 
 
 def _ended() -> EngineError:
-    return EngineError("the process that reads prompts has ended: ask again")
+    return EngineError("a process of the server's has ended: ask again")
 
 
-def _write_frame(pipe: IO[bytes], number: int, data: bytes) -> None:
+def write_frame(pipe: IO[bytes], number: int, data: bytes) -> None:
+    """Write an answer, or a request; with the number 0: that the child has begun to answer."""
     pipe.write(_LENGTH.pack(len(data)) + _NUMBER.pack(number) + data)
     pipe.flush()
 
 
-def _read_frame(pipe: IO[bytes]) -> tuple[int, bytes] | None:
+def read_frame(pipe: IO[bytes]) -> tuple[int, bytes] | None:
     """A number and what belongs to it; None at the end."""
     head = pipe.read(_LENGTH.size + _NUMBER.size)
     if len(head) < _LENGTH.size + _NUMBER.size:
@@ -202,8 +246,9 @@ def serve(path: str) -> None:
     with open_source(path) as source:
         metadata = source.metadata
     reader = _Reader(metadata, Tokenizer.from_metadata(metadata), output)
+    write_frame(output, 0, b"")
     with ThreadPoolExecutor(_THREADS) as pool:
-        while frame := _read_frame(sys.stdin.buffer):
+        while frame := read_frame(sys.stdin.buffer):
             pool.submit(reader.answer, *frame)
 
 
@@ -227,7 +272,7 @@ class _Reader:
             message = str(error) if isinstance(error, CyclewiseError) else repr(error)
             found = json.dumps([name, message]).encode()
         with self._lock:
-            _write_frame(self._output, number, found)
+            write_frame(self._output, number, found)
 
     def _encode(self, request: dict[str, Any]) -> list[int]:
         if "text" in request:

@@ -10,12 +10,23 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cyclewise.errors import CyclewiseError, InvalidParameterError, UnsupportedSchemaError
+from cyclewise.errors import (
+    CyclewiseError,
+    InvalidParameterError,
+    OverloadedError,
+    UnsupportedSchemaError,
+)
 from cyclewise.text.json_schema import NOTHING, prepare, without
 
 if TYPE_CHECKING:
@@ -23,11 +34,20 @@ if TYPE_CHECKING:
 
     from cyclewise.engine.request import SamplingParams
     from cyclewise.text.tokenizer import Tokenizer
+    from cyclewise.text.trial import Trials
 
 CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
 """Around the call of a tool: `{"name": ..., "arguments": ...}`, on a line of its own."""
 
 _LONGEST = 1 << 20  # characters of a schema, expression or grammar
+_MOST_BYTES = 1 << 30
+"""Of all that structures which are being followed were compiled to."""
+_LIMITS = {"max_lexer_states": 50_000, "step_max_items": 10_000, "step_lexer_fuel": 50_000}
+"""Of the library, for a structure: states of 2 KB, and work for a token. Its own are 5 times as
+large; at those, tokens of hostile grammars took 0.2 to 1.5 seconds.
+"""
+_SECONDS, _SECONDS_A_TOKEN = 1.0, 0.01
+"""Of a processor, that following a structure may take: at first, and more for each token."""
 _FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
 _ESCAPES = 'nrbtf\\"'  # what may follow a backslash
 _CONTROLS = re.compile(r"\\u00[01][0-9a-f]|\x7f")  # in JSON text: characters that need a \u
@@ -51,13 +71,24 @@ def call_head(name: str) -> str:
     return f'{{"name": "{name}", "arguments": '
 
 
-class Structures:
-    """Makes structures for one model's vocabulary; keeps what the last one was compiled to."""
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _Compiled:
+    """What a text was compiled to."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    asked: tuple[str, str]
+    matcher: Any
+
+
+class Structures:
+    """Makes structures for one model's vocabulary; keeps what the last one was compiled to. Any
+    thread may ask.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, trials: Trials | None = None) -> None:
         """Read the vocabulary, which takes up to a second for a large one.
 
         vocab_size  the number of logits of a token, which may be more than there are tokens
+        trials      where texts are tried out first, if they are nobody's own
 
         Raises CyclewiseError if `llguidance` is missing, or the model has no token that ends a
         text.
@@ -75,7 +106,10 @@ class Structures:
             eos_token=sorted(tokenizer.stop_ids),
             slices=self._library.LLTokenizer.json_slices(),
         )
-        self._compiled: tuple[tuple[str, str] | None, Any] = (None, None)
+        self._last: _Compiled | None = None
+        self._trials = trials
+        self._lock = threading.Lock()  # of what follows
+        self._num_bytes = 0  # of all that is alive and was tried out
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structure")
 
     def make(self, params: SamplingParams, tool_calls: str | None = None) -> Structure | None:
@@ -84,21 +118,44 @@ class Structures:
         tool_calls  in its place: the calls that the answer may or must be made of, as JSON
 
         Raises InvalidParameterError if it is malformed, needs what is not supported, allows nothing
-        or is too large.
+        or is too large; OverloadedError if those that are being followed leave no memory for it.
         """
         asked = params.structure if tool_calls is None else ("tool_calls", tool_calls)
         if asked is None:
             return None
-        if self._compiled[0] != asked:
-            self._compiled = (asked, self.compile(*asked))
-        matcher = self._compiled[1].deep_copy()
+        compiled = self._last
+        if compiled is None or compiled.asked != asked:
+            compiled = self._last = self._compile(asked)
         greedy = params.temperature == 0
         sizes = self._vocab_size, self._num_tokens
-        return Structure(matcher, sizes, self._worker, ahead=not greedy)
+        return Structure(compiled, sizes, self._worker, ahead=not greedy)
 
     def close(self) -> None:
         """End the thread that works out what is allowed."""
         self._worker.shutdown()
+        if self._trials is not None:
+            self._trials.close()
+
+    def _compile(self, asked: tuple[str, str]) -> _Compiled:
+        kind, text = asked
+        if self._trials is None or len(text) > _LONGEST:
+            return _Compiled(asked, self.compile(kind, text))
+        size = self._trials.run(kind, text)
+        with self._lock:
+            if self._num_bytes + size > _MOST_BYTES:
+                raise OverloadedError("structures take up all the memory that they may have", 1.0)
+            self._num_bytes += size
+        try:
+            compiled = _Compiled(asked, self.compile(kind, text))
+        except BaseException:
+            self._give_back(size)
+            raise
+        weakref.finalize(compiled, self._give_back, size)
+        return compiled
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._num_bytes -= size
 
     def compile(self, kind: str, text: str) -> Any:
         if len(text) > _LONGEST:
@@ -203,7 +260,7 @@ class Structures:
         return grammar
 
     def _matcher(self, grammar: str) -> Any:
-        limits = self._library.LLParserLimits(verbose_errors=False)
+        limits = self._library.LLParserLimits(verbose_errors=False, **_LIMITS)
         return self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
 
 
@@ -216,13 +273,20 @@ class Structure:
     """
 
     def __init__(
-        self, matcher: Any, sizes: tuple[int, int], worker: ThreadPoolExecutor, *, ahead: bool
+        self,
+        compiled: _Compiled,
+        sizes: tuple[int, int],
+        worker: ThreadPoolExecutor,
+        *,
+        ahead: bool,
     ) -> None:
         """`sizes`: how many tokens have logits, and how many there are."""
-        self._matcher = matcher
+        self._compiled = compiled  # it is alive for as long as this
+        self._matcher = compiled.matcher.deep_copy()
         self._vocab_size, num_tokens = sizes
         self._worker = worker
         self._ahead = ahead
+        self._seconds = _SECONDS
         self._bits = np.zeros(-(-num_tokens // 32), dtype=np.uint32)
         self._next: Future[npt.NDArray[np.bool_]] | None = None
         self._begin()
@@ -238,16 +302,17 @@ class Structure:
         """Whether a token may come next, however else its text could be cut into tokens."""
         if self._next is not None:
             return bool(self._next.result()[token_id])
-        allowed: int = self._matcher.validate_tokens([token_id])
-        self._check()
+        with self._measured():
+            allowed: int = self._matcher.validate_tokens([token_id])
         return allowed == 1
 
     def advance(self, token_id: int) -> bool:
         """Take note of the token chosen; return whether the text is complete and ends here."""
         if self._next is not None:
             self._next.result()  # nobody else may be at the matcher
-        self._matcher.consume_token(token_id)
-        self._check()
+        self._seconds = min(_SECONDS, self._seconds + _SECONDS_A_TOKEN)
+        with self._measured():
+            self._matcher.consume_token(token_id)
         if self._matcher.is_stopped():
             return True
         self._begin()
@@ -259,19 +324,23 @@ class Structure:
 
     def _find(self) -> npt.NDArray[np.bool_]:
         bits = self._bits
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
-        self._check()
+        with self._measured():
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         # bits of little-endian words are in the order of the bytes
         packed = bits.astype("<u4", copy=False).view(np.uint8)
         found = np.unpackbits(packed, count=self._vocab_size, bitorder="little")
         return found.view(np.bool_)
 
-    def _check(self) -> None:
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Around what the library does for a token."""
+        begin = time.thread_time()
+        yield
+        self._seconds -= time.thread_time() - begin
         if self._matcher.is_error():
-            raise CyclewiseError(
-                f"the structure cannot be followed any further: {_sentence(self._matcher)}; "
-                f"make it simpler"
-            )
+            raise _too_complex(_sentence(self._matcher))
+        if self._seconds < 0:
+            raise _too_complex("what may come next takes too long to be worked out")
 
 
 class _Tokens:
@@ -333,6 +402,12 @@ def _library() -> Any:
             "pip install 'cyclewise[structured]'"
         ) from None
     return llguidance
+
+
+def _too_complex(reason: str) -> CyclewiseError:
+    return CyclewiseError(
+        f"the structure cannot be followed any further: {reason}; make it simpler"
+    )
 
 
 def _blamed(error: str) -> str | None:

@@ -16,6 +16,7 @@ from cyclewise.engine.engine import Engine
 from cyclewise.serve.app import make_app
 from cyclewise.serve.server import uvicorn_config
 from cyclewise.serve.service import Service
+from cyclewise.text.structure import Structures
 from tests.engine.toy import ToyModel, ToyTemplate, ToyTokenizer
 
 TEMPLATE = "... <tool_call> ..."
@@ -78,6 +79,7 @@ class Toy:
         self.service = Service(
             "toy", Engine(self.model), self.tokenizer, self.prompts,
             template=template, adapters=adapters, timeless=timeless, limits=limits,
+            structures=Structures(self.tokenizer, self.model.config.vocab_size),
         )  # fmt: skip
         self.app = make_app(self.service, keys, **(app or {}))
 
