@@ -108,11 +108,11 @@ class Generation:
         """
         assert not (self.num_generated or self.request.num_left)
         other = copy.copy(self)
-        other.sequence = self.sequence.fork()
-        other.request = replace(self.request, sequence=other.sequence)
         other.scores = []
         other._structure = structure
         other._sampler = Sampler(params)
+        other.sequence = self.sequence.fork()  # last: nobody would give its pages back
+        other.request = replace(self.request, sequence=other.sequence)
         return other
 
     @property

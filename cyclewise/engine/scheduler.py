@@ -312,13 +312,18 @@ class Scheduler:
         while len(running) > self._max_running:
             self._suspend(running[-1])
         for answer in list(running):
+            if answer.state == "ended":  # with another one of its job, just now
+                continue
             generation = answer.generation
             assert generation is not None
             while answer.state == "running" and generation.num_missing > pool.num_free:
                 self._suspend(running[-1])
             if answer.state != "running":
                 break  # and so are all that rank behind it
-            generation.reserve()
+            try:
+                generation.reserve()
+            except Exception as error:
+                self._break(answer.job, "taking pages", error)
         decoding = [answer for answer in running if answer.num_left == 1]
         plan = _Plan(len(decoding), decoding, [1] * len(decoding))
         prompts = [answer for answer in running if answer.num_left > 1]
@@ -326,7 +331,11 @@ class Scheduler:
             return plan
         room, rows = self._pace.chunk(len(decoding)), SCORED_TOKENS
         while room and rows:
-            prompt = prompts.pop(0) if prompts else self._begin()
+            try:
+                prompt = prompts.pop(0) if prompts else self._begin()
+            except Exception as error:
+                self._break(self._waiting[0].job, "beginning an answer", error)
+                continue
             if prompt is None:
                 break
             count = min(room, prompt.num_left)
@@ -366,15 +375,19 @@ class Scheduler:
     def _new_generation(self, answer: _Answer, spare: int) -> Generation | None:
         job, engine = answer.job, self._engine
         sequence, scored = engine.new_sequence(job.adapter, job.salt), self._open[job].scored
-        sequence.reuse(job.prompt_ids if scored is None else scored.cacheable(job.prompt_ids))
-        if sequence.num_missing(len(job.prompt_ids)) + spare > engine.pool.num_free:
-            engine.free(sequence)
-            return None
-        reused = len(sequence)
-        generation = Generation(
-            engine, sequence, job.prompt_ids[reused:], job.params.of_answer(answer.index),
-            job.stop_ids, job.structures[answer.index] if job.structures else None, scored,
-        )  # fmt: skip
+        try:
+            sequence.reuse(job.prompt_ids if scored is None else scored.cacheable(job.prompt_ids))
+            if sequence.num_missing(len(job.prompt_ids)) + spare > engine.pool.num_free:
+                engine.free(sequence)
+                return None
+            reused = len(sequence)
+            generation = Generation(
+                engine, sequence, job.prompt_ids[reused:], job.params.of_answer(answer.index),
+                job.stop_ids, job.structures[answer.index] if job.structures else None, scored,
+            )  # fmt: skip
+        except BaseException:
+            engine.free(sequence)  # nobody else knows it
+            raise
         if job.times.started is None:
             job.times.started = self.clock()
             job.reused_tokens = reused
@@ -426,7 +439,12 @@ class Scheduler:
         self._numbers.step_seconds += now - begin
         self._pace.note(plan.num_decoding, sum(plan.counts) - plan.num_decoding, now - begin)
         for answer, rows in complete:
-            for each in [answer, *self._fork(answer)]:
+            try:
+                forks = self._fork(answer)
+            except Exception as error:
+                self._break(answer.job, "beginning an answer", error)
+                continue
+            for each in [answer, *forks]:
                 if each.state == "running":  # its job may have failed with another of its answers
                     self._accept(each, rows, now)
 
@@ -461,9 +479,7 @@ class Scheduler:
             self._fail(job, error)
             return
         except Exception as error:
-            failure = EngineError(f"choosing a token failed: {error}")
-            failure.__cause__ = error
-            self._fail(job, failure)
+            self._break(job, "choosing a token", error)
             return
         self._numbers.generated_tokens += len(gained)
         if job.times.first_token is None:
@@ -478,6 +494,12 @@ class Scheduler:
             self._events.append(event)
 
     # How it ends
+
+    def _break(self, job: Job, what: str, error: Exception) -> None:
+        """End a job that something of ours went wrong for; the others go on."""
+        failure = EngineError(f"{what} failed: {error}")
+        failure.__cause__ = error
+        self._fail(job, failure)
 
     def _fail(self, job: Job, error: Exception) -> None:
         for answer in list(self._open[job].answers):

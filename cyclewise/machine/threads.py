@@ -79,6 +79,11 @@ class Threads:
         self._end()
 
     @property
+    def alive(self) -> bool:
+        """Whether all helpers are."""
+        return all(helper.is_alive() for helper in self._helpers)
+
+    @property
     def thread_ids(self) -> list[int]:
         """The operating system's numbers of the caller and of the helpers."""
         helpers = [helper.native_id for helper in self._helpers]

@@ -217,10 +217,9 @@ class _Routes:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        if self._service.runner.failed:
-            raise RequestError(503, "the engine has failed", code="engine_unavailable")
-        if self._service.draining:
-            raise RequestError(503, "the server is being ended", code="engine_unavailable")
+        trouble = self._service.trouble
+        if trouble is not None:
+            raise RequestError(503, trouble, code="engine_unavailable")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:

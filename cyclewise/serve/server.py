@@ -132,7 +132,8 @@ def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Se
             names[0], Engine(loaded), tokenizer, prompts,
             template=template if isinstance(template, str) else None, aliases=names[1:],
             adapters=adapters, timeless="strftime_now" not in str(templates),
-            structures=structures, on_close=loaded.close,
+            structures=structures, threads_alive=lambda: loaded.machine.threads.alive,
+            on_close=loaded.close,
         )  # fmt: skip
         opened.pop_all()
         return service

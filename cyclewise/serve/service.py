@@ -59,6 +59,9 @@ _ENTRY_TOKENS = 64  # that the bookkeeping of a prompt is counted as
 class Prompts(Protocol):
     """Who makes token ids of prompts: `text/process.py`."""
 
+    @property
+    def ready(self) -> bool: ...
+
     def encode(self, text: str, *, add_special: bool = True) -> Future[list[int]]: ...
 
     def encode_chat(
@@ -117,15 +120,17 @@ class Service:
         adapters: Sequence[str] = (),
         structures: Structures | None = None,
         limits: Limits | None = None,
+        threads_alive: Callable[[], bool] = lambda: True,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        """name        of the model
-        template    the model's chat template, where its file has one
-        timeless    no template of its asks for the time, so that a chat is always written alike
-        aliases     other names that requests may call it
-        adapters    names of its LoRA adapters, in the order of their numbers
-        structures  for its vocabulary, where it has a token that ends a text
-        on_close    called at the end, when nothing runs any more
+        """name           of the model
+        template       the model's chat template, where its file has one
+        timeless       no template of its asks for the time: a chat is always written alike
+        aliases        other names that requests may call it
+        adapters       names of its LoRA adapters, in the order of their numbers
+        structures     for its vocabulary, where it has a token that ends a text
+        threads_alive  whether all of the machine's threads are
+        on_close       called at the end, when nothing runs any more
         """
         self.name = name
         self.aliases = tuple(aliases)
@@ -146,7 +151,21 @@ class Service:
         self._structures = structures
         self._maker = ThreadPoolExecutor(_MAKERS, thread_name_prefix="cyclewise-structures")
         self._num_making = 0
+        self._threads_alive = threads_alive
         self._on_close = on_close
+
+    @property
+    def trouble(self) -> str | None:
+        """Why requests are not answered, or not as they should be; None: they are."""
+        if self.runner.failed:
+            return "the engine has failed"
+        if not self._threads_alive():
+            return "a thread of the engine has ended"
+        if not self.prompts.ready:
+            return "the process that reads prompts is being started"
+        if self.draining:
+            return "the server is being ended"
+        return None
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """End the engine's thread, when all is answered or the time is over; then all else."""

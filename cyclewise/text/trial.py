@@ -8,6 +8,7 @@ limit of time and memory; what comes through can be compiled here. `structure.py
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -100,6 +101,8 @@ def serve(path: str, vocab_size: str) -> None:
     with open_source(path) as source:
         tokenizer = Tokenizer.from_metadata(source.metadata)
     structures = Structures(tokenizer, int(vocab_size))
+    structures.compile("json_schema", "{}")  # so that no copy has to import what this one has
+    gc.freeze()
     if _FORKS:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     write_frame(output, 0, b"")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 
-import httpx
 import pytest
 
-from tests.serve.toys import WAIT, Running, Toy, wait_until
+from tests.serve.toys import Running, Toy, connect, request, wait_until
 
 
 @pytest.fixture
@@ -21,22 +19,6 @@ def running():
 
 def set_limit(monkeypatch, name, value):
     monkeypatch.setattr(f"cyclewise.serve.connection.{name}", value)
-
-
-def connect(running, receive_buffer=None):
-    address = httpx.URL(running.address)
-    connection = socket.socket()
-    if receive_buffer:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(WAIT)
-    connection.connect((address.host, address.port))
-    return connection
-
-
-def request(path="/v1/completions", **fields):
-    body = json.dumps({"model": "toy", "prompt": "hi", **fields}).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
 def read_all(connection):

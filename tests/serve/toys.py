@@ -38,6 +38,7 @@ class InlinePrompts:
         self.tokenizer = tokenizer
         self.asked = []  # chats
         self.texts = []
+        self.ready = True
         self.error = None
 
     def encode(self, text, *, add_special=True):
@@ -130,6 +131,22 @@ class Running:
         self.server.should_exit = True
         self.thread.join(WAIT)
         self.toy.close()
+
+
+def connect(running, receive_buffer=None):
+    address = httpx.URL(running.address)
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(WAIT)
+    connection.connect((address.host, address.port))
+    return connection
+
+
+def request(path="/v1/completions", **fields):
+    body = json.dumps({"model": "toy", "prompt": "hi", **fields}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body
 
 
 def events(answer):
