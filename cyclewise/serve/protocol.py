@@ -409,7 +409,7 @@ def _or(value: Value | None, default: Value) -> Value:
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
     biases = {}
     for key, bias in given.items():
-        if not (key.isascii() and key.isdecimal() and len(key) < 11):
+        if not (key.isascii() and key.isdecimal() and len(key) < 11 and str(int(key)) == key):
             raise bad(f"logit_bias: {key[:40]!r} is no id of a token", "logit_bias")
         biases[int(key)] = bias
     return biases

@@ -140,9 +140,15 @@ class Gate:
 
     def _enter(self, scope: Scope, headers: dict[str, bytes]) -> bytes:
         """The salt of whoever asks."""
-        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
         if size > MAX_HEADER_BYTES:
             raise RequestError(431, f"the headers have more than {MAX_HEADER_BYTES} bytes")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy may have gone by the other one, and see two requests in this (RFC 9112, 6.1)
+            raise RequestError(
+                400, "give a content-length or a transfer-encoding", headers={"connection": "close"}
+            )
         if self._local_only and not _is_local(headers.get("host", b"").decode("latin-1")):
             raise RequestError(421, "this server answers requests to localhost alone")
         salt = self._keys.salt(headers.get("authorization", b"").decode("latin-1"))
