@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-arm64 test-clients check bench docs-figures clean
+.PHONY: demo test test-slow test-arm64 test-clients soak check bench docs-figures clean
 
 demo: $(READY)
 	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
@@ -21,6 +21,10 @@ test-arm64: $(READY)
 # Suites that others wrote, against a server of ours (docs/compatibility.md); downloads them.
 test-clients: $(READY)
 	$(BIN)/python -m tests.clients.run
+
+# 500 requests of all kinds over ten minutes, some of which nobody waits for.
+soak: $(READY)
+	$(BIN)/python -m tests.soak smollm2
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -455,6 +455,8 @@ class Scheduler:
             generation.scored.take(rows, len(generation.sequence))
         except CyclewiseError as error:
             self._fail(answer.job, error)
+        except Exception as error:
+            self._break(answer.job, "scoring a prompt", error)
 
     def _fork(self, answer: _Answer) -> list[_Answer]:
         """The other answers of a job whose prompt has just been evaluated."""

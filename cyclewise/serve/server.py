@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,7 +217,8 @@ def _run(service: Service, settings: Settings, keys: Keys, listener: socket.sock
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"serving {service.name} at http://{shown}:{port}/v1", flush=True)
+            with suppress(OSError):  # a full disk; Python would keep it, and fail at the end too
+                os.write(1, f"serving {service.name} at http://{shown}:{port}/v1\n".encode())
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             service.draining = True
