@@ -27,9 +27,9 @@ from cyclewise.text.process import Child, read_frame, write_frame
 if TYPE_CHECKING:
     from cyclewise.text.structure import Structures
 
-SECONDS = 1.5
+SECONDS = 1.25
 """For a text to be compiled."""
-_GRACE = 0.25  # seconds for the answer to come
+_GRACE = 0.15  # seconds for the answer to come
 MOST_BYTES = 256 << 20
 """That a text may be compiled to."""
 _FORKS = hasattr(os, "fork")

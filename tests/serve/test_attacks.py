@@ -139,6 +139,15 @@ def test_a_client_that_waits_to_be_asked_for_its_body(running):
         ({"logit_bias": {f"{i}": 1 for i in range(40_000)}}, "logit_bias"),
         ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
         ({"logit_bias": {"\u0661": 1}}, "logit_bias"),  # an Arabic digit
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"max_tokens": 10**300}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 5.5}, "max_tokens"),
+        ({"n": -1}, "n"),
+        ({"n": 2**64}, "n"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 2**40}, "logprobs"),
+        ({"top_k": -(10**30)}, "top_k"),
         ({"prompt": [1.0, 2.0]}, "prompt[0]"),
         ({"prompt": [True]}, "prompt[0]"),
         ({"prompt": [1e300]}, "prompt[0]"),
@@ -160,6 +169,35 @@ def test_a_client_that_waits_to_be_asked_for_its_body(running):
 def test_fields(running, fields, param):
     answer = post(running, **{"prompt": "hi", "max_tokens": 1, **fields})
     assert error_of(answer, 400)["param"] == param
+
+
+def test_nothing_is_fetched(running, monkeypatch):
+    """Not an image, not a schema: no name is looked up."""
+
+    def refuse(*args, **values):
+        raise AssertionError("a name was looked up")
+
+    url = "http://fetched.example/x"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    schemas = [{"$ref": url}, {"$schema": url}, {"$id": url, "$ref": "y"}, {"$dynamicRef": url}]
+    asked = [
+        {"messages": [{"role": "user", "content": [image]}]},
+        *(
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "response_format": {
+                    "type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            }
+            for schema in schemas
+        ),
+    ]  # fmt: skip
+    with httpx.Client(base_url=running.address, timeout=WAIT) as client:
+        assert client.get("/ready").status_code == 200  # it is connected by now
+        monkeypatch.setattr("socket.getaddrinfo", refuse)
+        for each in asked:
+            answer = client.post("/v1/chat/completions", json={"model": "toy", **each})
+            assert error_of(answer, 400)["param"] in ("messages[0].content[0]", "response_format")
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import ast
 import asyncio
+from pathlib import Path
 
 import pytest
 
+import cyclewise
 from cyclewise.errors import InvalidParameterError
 from cyclewise.serve.security import Keys, check_address
 from tests.serve.toys import error_of
@@ -44,6 +47,33 @@ def test_who_has_another_key_finds_nothing_in_the_cache(make):
     assert cached(KEYS[0]) == 40
     assert cached(KEYS[1]) == 0
     assert cached(KEYS[1]) == 40
+
+
+def test_a_wrong_key_is_compared_with_all_and_at_full_length(monkeypatch):
+    compared = []
+
+    def compare(first, second):
+        compared.append((len(first), len(second)))
+        return first == second
+
+    monkeypatch.setattr("cyclewise.serve.security.hmac.compare_digest", compare)
+    keys = Keys(KEYS)
+    for given in (KEYS[0], KEYS[1], KEYS[0][:-1], "", "x" * 10_000):
+        keys.salt(f"Bearer {given}")
+        assert compared == [(32, 32)] * 2
+        compared.clear()
+
+
+def test_nothing_is_unpickled():
+    unsafe = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+    for path in Path(cyclewise.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not unsafe & {name.name.partition(".")[0] for name in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in unsafe, path
+            elif isinstance(node, ast.keyword):
+                assert node.arg not in ("allow_pickle", "weights_only"), path
 
 
 def test_files_of_keys(tmp_path):

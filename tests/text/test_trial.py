@@ -18,7 +18,7 @@ from cyclewise.text.tokenizer import Tokenizer
 from cyclewise.text.trial import Trials
 from tests.text.test_process import WAIT, write
 
-LIMIT = 2.0  # seconds in which a text is refused
+LIMIT = 10.0  # seconds; it takes 1.4 where nobody else computes, and minutes to compile them
 BOMBS = {
     "multiple": {"json_schema": {"type": "integer", "multipleOf": 99_999_989}},
     "patterns": {
@@ -80,7 +80,7 @@ def structures(model):
 @pytest.mark.parametrize("values", BOMBS.values(), ids=BOMBS)
 def test_what_takes_too_long_is_refused_in_time(structures, values):
     begin = time.monotonic()
-    with pytest.raises(InvalidParameterError, match=r"takes more than 1.5 seconds or 256 MiB"):
+    with pytest.raises(InvalidParameterError, match=r"takes more than 1.25 seconds or 256 MiB"):
         structures.make(SamplingParams(**values))
     assert time.monotonic() - begin < LIMIT
     assert structures.make(SamplingParams(regex="ab")).allowed().any()
