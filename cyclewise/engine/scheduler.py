@@ -132,6 +132,15 @@ class _Plan:
     answers: list[_Answer]  # those that decode come first
     counts: list[int]  # tokens of each
 
+    def without_ended(self) -> _Plan:
+        left = [
+            (answer, count)
+            for answer, count in zip(self.answers, self.counts, strict=True)
+            if answer.state == "running"
+        ]
+        num_decoding = sum(each.state == "running" for each in self.answers[: self.num_decoding])
+        return _Plan(num_decoding, [each for each, _ in left], [count for _, count in left])
+
 
 class Scheduler:
     """Brings jobs on. `submit` and `cancel` may be called by any thread, the rest by one."""
@@ -335,7 +344,7 @@ class Scheduler:
                 prompt = prompts.pop(0) if prompts else self._begin()
             except Exception as error:
                 self._break(self._waiting[0].job, "beginning an answer", error)
-                continue
+                return plan.without_ended()  # other answers of its job may be in it
             if prompt is None:
                 break
             count = min(room, prompt.num_left)

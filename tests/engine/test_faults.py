@@ -58,6 +58,26 @@ def test_taking_pages(monkeypatch, number):
     check_answers(bench, [one for one in jobs if one is not failed[0][0]])
 
 
+def test_going_on_after_a_pause(monkeypatch):
+    """The other answers of the job are about to run in the same step."""
+
+    def fail(self):
+        raise MemoryError
+
+    bench = Bench(spare_pages=0)
+    jobs = [job(tokens(9, i), n=2, max_tokens=24) for i in range(2)]
+    bench.submit(*jobs)
+    with monkeypatch.context() as patch:
+        patch.setattr("cyclewise.engine.scheduler.Generation.resume", fail)
+        numbers = bench.run().emptied()
+    assert numbers.preemptions
+    failed = [one for one in jobs if isinstance(bench.ends[one, 0], EngineError)]
+    assert failed
+    for one in failed:
+        assert str(bench.ends[one, 1]).startswith("beginning an answer failed")
+    check_answers(bench, [one for one in jobs if one not in failed])
+
+
 def test_looking_for_a_prompt(monkeypatch):
     bench = Bench(spare_pages=40)
     jobs = [job(tokens(20, 1), max_tokens=4) for _ in range(3)]
