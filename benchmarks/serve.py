@@ -86,7 +86,7 @@ STREAMS = 16
 CONTEXT = 1024  # of a slot
 ANSWER_TOKENS = 128  # where only decoding counts
 START_SECONDS = 120.0
-ROUGH, FINE = 1.5, 1.1  # steps between rates: until one is too much, and at the end
+ROUGH, FINE = 1.5, 1.15  # steps between rates: until one is too much, and at the end
 PHASES = ("closed", "decode", "rate", "cost", "idle")
 
 

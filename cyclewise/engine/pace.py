@@ -1,10 +1,13 @@
-"""How many tokens of a prompt may share a step with answers that are being decoded.
+"""How many tokens of prompts may share a step with answers that are being decoded.
 
 Every token more makes the step longer, and with it the time until the next token of everyone who
-is being answered. The scheduler notes here what each step took, and asks how much of a prompt the
-next one may hold, so that it takes `STRETCH` times as long as without. What a step takes without
-is learned from steps of as many answers and no prompt, of which there is one now and then while a
-long prompt comes in; what a token of a prompt adds, from steps that hold some.
+is being answered. The scheduler notes here what each step took, and asks how much of the prompts
+the next one may hold, so that a prompt makes it `STRETCH` times as long as without. Where several
+prompts wait, each adds as much, up to MOST_PROMPTS: those who are being answered wait longer for a
+token, but small steps would let everybody wait, since they take longer for each token of a prompt.
+What a step takes without is learned from steps of as many answers, or nearly, and no prompt, of
+which there is one now and then while a long prompt comes in; what a token of a prompt adds, from
+steps that hold some.
 """
 
 from __future__ import annotations
@@ -13,6 +16,10 @@ STRETCH = 2.0
 """How much longer a step with tokens of a prompt may take. The bound for whom it delays is 2.5; the
 rest is for what measurements scatter.
 """
+MOST_PROMPTS = 8
+"""Prompts that may delay those who are being answered at the same time."""
+_NEAR = 0.25
+"""Answers more or less, as a share of them, that make no step of their own necessary."""
 _NEWEST = 0.2
 """Weight of the newest measurement."""
 _WORSE = 0.7
@@ -35,8 +42,8 @@ class Pace:
         self._mixed = 0  # steps since the last one without a prompt
         self._last = 0  # tokens of prompts that steps have had of late
 
-    def chunk(self, num_answers: int) -> int:
-        """Tokens of prompts that a step may hold beside one token of each of these answers.
+    def chunk(self, num_answers: int, num_prompts: int = 1) -> int:
+        """Tokens of so many prompts that a step may hold beside one token of each of these answers.
 
         0 where the next step is to show what it takes without. All that fit where there is no
         answer.
@@ -44,12 +51,13 @@ class Pace:
         room = self._max_tokens - num_answers
         if not num_answers:
             return room
-        plain = self._plain.get(num_answers)
+        plain = self._step(num_answers)
         if plain is None or self._mixed >= _MIXED_IN_A_ROW:
             return 0
         count = max(self._last + 1, int(_GROWTH * self._last))
         if self._added:
-            count = min(count, int((STRETCH - 1) * plain / self._added))
+            more = (STRETCH - 1) * min(num_prompts, MOST_PROMPTS)
+            count = min(count, int(more * plain / self._added))
         if count >= 16:  # the machine takes four tokens at once
             count -= (num_answers + count) % 4
         return min(max(1, count), room)
@@ -66,9 +74,16 @@ class Pace:
         self._mixed += 1
         self._last = max(num_prompt_tokens, self._last // 2)  # a prompt may just have ended
         least = 0.01 * seconds  # a prompt's tokens are never for nothing
-        plain = self._plain.get(num_answers, seconds)
+        plain = self._step(num_answers) or seconds
         added = max(least, seconds - plain) / num_prompt_tokens
         self._added = _newer(self._added, added, _WORSE if added > self._added else _NEWEST)
+
+    def _step(self, num_answers: int) -> float | None:
+        """Seconds of a step without a prompt, if one of about as many answers was measured."""
+        if num_answers in self._plain:
+            return self._plain[num_answers]
+        near = min(self._plain, key=lambda number: abs(number - num_answers), default=0)
+        return self._plain[near] if abs(near - num_answers) <= _NEAR * num_answers else None
 
     def answer_token(self, num_answers: int) -> float:
         """Seconds of a step that decodes so many answers; of the nearest number that was measured.

@@ -9,7 +9,7 @@ exactly one last event, whatever happens: a step that fails, a thread that dies,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,18 @@ Listener = Callable[[Event], None]
 class Runner:
     """Runs an engine until it is closed. Without jobs its thread sleeps."""
 
-    def __init__(self, engine: Engine, limits: Limits | None = None) -> None:
-        """engine  for this runner alone"""
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        """engine      for this runner alone
+        after_step  called on the engine's thread when listeners have been told all of a step, so
+                    that a thread which waits for many of them is woken once
+        """
         self._scheduler = Scheduler(engine, limits)
+        self._after_step = after_step
         self._listeners: dict[Job, Listener] = {}
         self._open: dict[Job, set[int]] = {}  # answers whose last event has not been passed on
         self._wake = threading.Condition()  # of what follows
@@ -91,8 +100,7 @@ class Runner:
     def _run(self) -> None:
         try:
             while self._has_work():
-                for event in self._scheduler.step():
-                    self._tell(event)
+                self._tell_all(self._scheduler.step())
         except BaseException as error:
             self._error = error
         self._end()
@@ -115,11 +123,15 @@ class Runner:
             error = EngineError(f"the engine has failed: {self._error!r}")
             error.__cause__ = self._error
         with suppress(BaseException):  # it may be what has failed
-            for event in self._scheduler.fail_all(error):
-                self._tell(event)
-        for job, indices in list(self._open.items()):
-            for index in sorted(indices):
-                self._tell(Event(job, index, self.clock(), [], [], None, error))
+            self._tell_all(self._scheduler.fail_all(error))
+        left = [(job, index) for job, indices in self._open.items() for index in sorted(indices)]
+        self._tell_all([Event(job, i, self.clock(), [], [], None, error) for job, i in left])
+
+    def _tell_all(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._tell(event)
+        if events and self._after_step is not None:
+            self._after_step()
 
     def _tell(self, event: Event) -> None:
         job = event.job

@@ -338,7 +338,8 @@ class Scheduler:
         prompts = [answer for answer in running if answer.num_left > 1]
         if not (prompts or self._waiting):
             return plan
-        room, rows = self._pace.chunk(len(decoding)), SCORED_TOKENS
+        num_prompts = len(prompts) + len(self._waiting)
+        room, rows = self._pace.chunk(len(decoding), num_prompts), SCORED_TOKENS
         while room and rows:
             try:
                 prompt = prompts.pop(0) if prompts else self._begin()

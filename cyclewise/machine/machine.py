@@ -54,7 +54,7 @@ PARTS_PER_THREAD = 16
 """Into how many parts a thread's share of attention is cut at least, where the keys suffice."""
 PARTIALS_BYTES = 1 << 26
 """What parts of attention leave for the one that comes last, at most."""
-MAX_SCHEDULES = 64
+MAX_SCHEDULES = 512
 """Shapes of batches whose schedules are kept."""
 PROBE_BYTES = 1 << 28
 """The buffer that `read_bandwidth` reads."""

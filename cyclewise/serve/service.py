@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -144,7 +146,9 @@ class Service:
         self.template = template
         self.timeless = timeless
         self.draining = False
-        self.runner = Runner(engine, limits)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: deque[tuple[asyncio.Queue[Event], Event]] = deque()
+        self.runner = Runner(engine, limits, self._pass_on)
         self.known_prompts: Memo[npt.NDArray[np.int32]] = Memo(_KNOWN_TOKENS)
         self.metrics = Metrics(self.runner.numbers, {"prompts": self.known_prompts})
         self.token_bytes = tokenizer.all_bytes()
@@ -253,6 +257,7 @@ class Service:
         if len(ask.prompts) * ask.params.n > MAX_ANSWERS:
             raise bad(f"{MAX_ANSWERS} are the most answers of a request", "n")
         self._check_length(ask)
+        self._loop = asyncio.get_running_loop()
         structures = await self._make_structures(ask)
         exchange = Exchange(self, ask, structures)
         try:
@@ -261,6 +266,23 @@ class Service:
             exchange.close()
             raise
         return exchange
+
+    def tell(self, events: asyncio.Queue[Event], event: Event) -> None:
+        """Put an event into a queue of the event loop's, when the step that it is of has been told:
+        on the engine's thread, which would have to wait if it woke the other for each.
+        """
+        self._told.append((events, event))
+
+    def _pass_on(self) -> None:
+        """On the engine's thread, when all of a step has been told."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the event loop has ended, and all who asked are gone
+            self._loop.call_soon_threadsafe(self._hand_out)
+
+    def _hand_out(self) -> None:
+        while self._told:
+            events, event = self._told.popleft()
+            events.put_nowait(event)
 
     def _check_length(self, ask: Ask) -> None:
         longest = max(map(len, ask.prompts))
@@ -304,7 +326,6 @@ class Exchange:
 
     def __init__(self, service: Service, ask: Ask, structures: list[list[Structure]]) -> None:
         self._service = service
-        self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         stop_ids = ask.params.all_stop_ids(service.tokenizer.stop_ids)
         self._jobs = {
@@ -401,7 +422,7 @@ class Exchange:
 
     def _listen(self, event: Event) -> None:
         """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        self._service.tell(self._events, event)
 
     def _read(self, event: Event) -> Delta | None:
         index = self._jobs[event.job] + event.index

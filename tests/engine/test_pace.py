@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from cyclewise.engine.pace import STRETCH, Pace
+from cyclewise.engine.pace import MOST_PROMPTS, STRETCH, Pace
 
 
 def run(pace, num_answers, steps, seconds):
@@ -65,3 +65,24 @@ def test_there_is_always_room_for_a_token():
     assert Pace(4).chunk(3) == 0
     pace = Pace(4)
     assert run(pace, 3, 5, lambda count: 1.0 * count)[1:] == [1, 1, 1, 1]
+
+
+def test_prompts_that_wait_behind_the_first_make_steps_longer():
+    def seconds(count):
+        return 0.01 + 0.001 * count
+
+    pace = Pace(512)
+    pace.note(4, 0, seconds(4))
+    for num_prompts, share in ((1, 1), (3, 3), (MOST_PROMPTS, MOST_PROMPTS), (100, MOST_PROMPTS)):
+        for _ in range(12):
+            count = pace.chunk(4, num_prompts)
+            pace.note(4, count, seconds(4 + count))
+        allowed = (STRETCH - 1) * share * seconds(4)
+        assert 0.7 * allowed <= seconds(4 + count) - seconds(4) <= 1.1 * allowed
+
+
+def test_steps_of_nearly_as_many_answers_tell_what_one_takes():
+    pace = Pace(512)
+    pace.note(8, 0, 0.040)
+    assert pace.chunk(7) and pace.chunk(10)
+    assert pace.chunk(5) == pace.chunk(11) == 0
