@@ -163,9 +163,9 @@ class Sampler:
         if not self._filters:
             top = logits.max()
             require_finite(top)
-            return _draw((logits - top) / temperature, draw)
+            return _draw(logits, top, temperature, draw)
         kept, values, top = _filter(logits, self.params)
-        return int(kept[_draw((values - top) / temperature, draw)])
+        return int(kept[_draw(values, top, temperature, draw)])
 
 
 def require_finite(top: np.float32) -> None:
@@ -306,16 +306,25 @@ def greatest(
     return places, top
 
 
-def _draw(scaled: npt.NDArray[np.float32], draw: float) -> int:
-    """The index that a draw in [0, 1) hits, of shares exp(scaled).
+def _draw(
+    logits: npt.NDArray[np.float32], top: np.float32, temperature: np.float32, draw: float
+) -> int:
+    """The index that a draw in [0, 1) hits, of shares exp((logits - top) / temperature).
 
     Shares are summed in blocks, so that a large vocabulary needs no running sum of its own length.
+    They are computed in one array: fresh memory costs as much as the arithmetic.
     """
-    if len(scaled) <= _BLOCK:
-        cumulative = np.exp(scaled).cumsum(dtype=np.float64)
+    count = len(logits)
+    shares = np.empty(-(-count // _BLOCK) * _BLOCK, dtype=np.float32)
+    shares[count:] = 0
+    values = shares[:count]
+    np.subtract(logits, top, out=values)
+    if temperature != 1:
+        np.divide(values, temperature, out=values)
+    np.exp(values, out=values)
+    if count <= _BLOCK:
+        cumulative = values.cumsum(dtype=np.float64)
         return _place(cumulative, draw * float(cumulative[-1]))
-    shares = np.zeros(-(-len(scaled) // _BLOCK) * _BLOCK, dtype=np.float32)
-    np.exp(scaled, out=shares[: len(scaled)])
     blocks = shares.reshape(-1, _BLOCK)
     sums = blocks.sum(axis=1, dtype=np.float64).cumsum()
     target = draw * float(sums[-1])

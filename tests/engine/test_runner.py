@@ -106,6 +106,24 @@ def test_it_sleeps_when_there_is_nothing_to_do(monkeypatch):
     assert all(not arguments or arguments[0] in (None, WAIT) for arguments in waits)
 
 
+def test_who_waits_for_all_of_a_step_is_woken_once():
+    told: list[int] = []
+
+    def count():
+        told.append(sum(client.events.qsize() for client in clients))
+
+    runner = Runner(Engine(ToyModel(spare_pages=20)), after_step=count)
+    gate = Gate(runner._scheduler._engine.machine)
+    one, other = job([1, 2], max_tokens=12), job([3, 4], max_tokens=12)
+    clients = [submit(runner, one)]
+    assert gate.reached.wait(WAIT)
+    clients.append(submit(runner, other))
+    gate.opened.set()
+    runner.close(WAIT)
+    assert told == sorted(set(told)) and told[-1] == 24
+    assert len(told) < 24  # in some steps both gained one
+
+
 def test_errors_come_at_once():
     runner, machine = make(limits=Limits(jobs=1))
     with pytest.raises(ContextLengthError):

@@ -218,7 +218,7 @@ def test_a_draw_agrees_with_the_twin(seed, size, draw):
     scaled -= scaled.max()
     shares = np.exp(scaled).astype(np.float64)
     cumulative = np.cumsum(shares)
-    got = _draw(scaled, draw)
+    got = _draw(scaled, np.float32(0), np.float32(1), draw)
     target = draw * cumulative[-1]
     low = cumulative[got - 1] if got else 0.0
     assert low - 1e-6 * cumulative[-1] <= target <= cumulative[got] + 1e-6 * cumulative[-1]
@@ -229,7 +229,7 @@ def test_a_draw_never_hits_what_is_impossible(draw):
     for size in (3, 600, 1025):
         scaled = np.full(size, -np.inf, dtype=np.float32)
         scaled[size // 2] = 0
-        assert _draw(scaled, draw) == size // 2
+        assert _draw(scaled, np.float32(0), np.float32(1), draw) == size // 2
 
 
 def test_frequencies_are_the_probabilities():
