@@ -4,8 +4,10 @@
 
 - `long prompt`: answers are being decoded (1, 4 and 8) and a prompt of 4,096 tokens comes in. The
   time between two tokens of an answer meanwhile, over its median in the steps just before.
+- `prefix`: the time to the first token of a prompt of 2,000 tokens and 16 more, and of another
+  prompt that begins with the same 2,000, three times; the ratio of the two.
 - `sampling`: 16 answers are decoded; the share of a step's time in which the machine does nothing,
-  because tokens are chosen, for greedy and for default sampling.
+  because tokens are chosen: greedily, by our defaults and by OpenAI's (temperature 1, no filter).
 - `encoding`: one answer is decoded while prompts of about 4,096 tokens are encoded, one every 0.2
   seconds: nowhere, in a thread, or in a process of their own (`text/process.py`). The time between
   two tokens.
@@ -42,6 +44,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 CONTEXT = 8192
 LONG = 4096
+PREFIX, REST = 2000, 16
 ENCODE_EVERY = 0.2  # seconds
 
 
@@ -81,6 +84,35 @@ def long_prompt(model: Model, num_answers: int) -> dict[str, float]:
         "answers": num_answers, "plain_ms": 1e3 * plain, "median": float(np.median(ratios)),
         "p90": float(np.quantile(ratios, 0.9)), "p99": float(np.quantile(ratios, 0.99)),
         "max": float(ratios.max()), "steps": len(ratios), "seconds": times[-1] - begin,
+    }  # fmt: skip
+
+
+def prefix(model: Model) -> dict[str, float]:
+    """Seconds to the first token of a prompt whose beginning is new, and of one whose is not."""
+    scheduler = Scheduler(Engine(model))
+    params = SamplingParams(temperature=0, max_tokens=1)
+
+    def wait(prompt: list[int]) -> float:
+        job = Job(prompt, params)
+        scheduler.submit(job)
+        while scheduler.has_work:
+            scheduler.step()
+        assert job.times.first_token is not None and job.times.queued is not None
+        return job.times.first_token - job.times.queued
+
+    rows = []
+    for seed in range(3):
+        begin, *ends = (
+            token_ids(size, 10 * seed + i, model.config.vocab_size)
+            for i, size in enumerate((PREFIX, REST, REST))
+        )
+        rows.append([wait([*begin, *end]) for end in ends])
+    first, again = np.array(rows).T
+    ratios = first / again
+    return {
+        "first_ms": 1e3 * float(np.median(first)), "again_ms": 1e3 * float(np.median(again)),
+        "ratio": float(np.median(ratios)), "least": float(ratios.min()),
+        "most": float(ratios.max()),
     }  # fmt: skip
 
 
@@ -160,9 +192,12 @@ def measurements(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     for num_answers in answers:
         yield f"long prompt beside {num_answers}", long_prompt(model, num_answers)
+    yield "prefix", prefix(model)
     yield "sampling greedy", sampling(model, 16)
     temperature = SamplingParams().temperature
     yield "sampling by default", sampling(model, 16, temperature=temperature)
+    openai = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
+    yield "sampling by OpenAI's defaults", sampling(model, 16, **openai)
     for where in ("nowhere", "thread", "process"):
         yield f"encoding {where}", encoding(model, where, seconds)
 
