@@ -100,7 +100,8 @@ def main() -> None:
         result = measure(path, threads, ["llama.cpp"], arguments.repeats)
         output.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{name} {threads}t: {cells(result, 'prefill')} | {cells(result, 'decode')}")
-    DOCUMENT.write_text(HEAD + "\n" + "\n".join(rows()) + "\n")
+    _, mark, behind = DOCUMENT.read_text().partition("\n## ")  # sections written by hand
+    DOCUMENT.write_text(HEAD + "\n" + "\n".join(rows()) + "\n" + mark + behind)
 
 
 if __name__ == "__main__":
