@@ -37,6 +37,7 @@ from cyclewise.machine.kernels.layout import (
 )
 from cyclewise.machine.kernels.math import LOG2_E, exp, exp2_of_negative
 from cyclewise.machine.kernels.pages import (
+    KINDS,
     LANE_BYTES,
     LANES,
     LARGEST_FACTOR,
@@ -55,8 +56,6 @@ NO_WINDOW = (1 << 31) - 1
 LEAST = -3.4028234663852886e38
 """The least finite float32: the maximum of a row that has seen nothing yet."""
 
-CHUNK = 128
-"""Keys whose scores become weights at once: a multiple of PAGE_TOKENS that divides SPLIT."""
 MANY = (6, 4, 3, 2, 1)
 FEW = (4, 3, 2, 1)
 """Rows that meet keys or values at once, largest first."""
@@ -77,13 +76,13 @@ def partial_bytes(rows: Any, padded_head_dim: Any) -> Any:
     return _whole_lanes(rows) * 8 + rows * padded_head_dim * 4
 
 
-def _places(rows: Any, padded_head_dim: Any) -> dict[str, Any]:
+def _places(chunk: int, rows: Any, padded_head_dim: Any) -> dict[str, Any]:
     """Where a thread's scratch holds what, and its size under the name `end`."""
     wide, per_row = padded_head_dim * WIDE_BYTES, _whole_lanes(rows) * 4
     sizes = {
-        "keys": wide * PAGE_TOKENS, "values": wide * CHUNK,
-        "key_scales": PAGE_TOKENS * 4, "value_scales": CHUNK * 4,
-        "queries": rows * padded_head_dim * 4, "scores": rows * (CHUNK * 4),
+        "keys": wide * PAGE_TOKENS, "values": wide * chunk,
+        "key_scales": PAGE_TOKENS * 4, "value_scales": chunk * 4,
+        "queries": rows * padded_head_dim * 4, "scores": rows * (chunk * 4),
         "lane_sums": rows * (LANES * 4), "query_scales": per_row,
         "factors": per_row, "new_factors": per_row, "weight_scales": per_row,
         "partial": partial_bytes(rows, padded_head_dim),
@@ -98,7 +97,8 @@ def _places(rows: Any, padded_head_dim: Any) -> dict[str, Any]:
 
 def scratch_bytes(group_size: int, padded_head_dim: int) -> int:
     """Bytes of scratch a thread needs for query groups of that size."""
-    return int(_places(QUERY_BLOCK * group_size, padded_head_dim)["end"])
+    chunk = max(kind.chunk for kind in KINDS.values())
+    return int(_places(chunk, QUERY_BLOCK * group_size, padded_head_dim)["end"])
 
 
 class _Partial:
@@ -120,9 +120,12 @@ class _Attention:
         self.group = self.m.num_heads // self.m.num_kv_heads
         self.dim, self.padded = self.m.head_dim, self.m.padded_head_dim
         self.query_steps = kind.steps(self.dim)
+        self.key_lanes = self.query_steps * PAGE_TOKENS
+        self.value_lanes = self.padded * kind.steps(PAGE_TOKENS)
+        self.score_row = kind.chunk * 4
 
     def tile(self, tile: Value) -> None:
-        emitter, m = self.emitter, self.m
+        emitter, m, kind = self.emitter, self.m, self.kind
         index, self.kv_head = tile // m.num_kv_heads, tile % m.num_kv_heads
         record = self.b.query_blocks + index * (8 * len(QUERY_BLOCK_FIELDS))
         block = self.block = Record(emitter, record, QUERY_BLOCK_FIELDS)
@@ -130,7 +133,8 @@ class _Attention:
         self.few = self.rows <= FEW_ROWS
         self.first_position = block.first_position
         self.at = {
-            name: self.scratch + place for name, place in _places(self.rows, self.padded).items()
+            name: self.scratch + place
+            for name, place in _places(kind.chunk, self.rows, self.padded).items()
         }
         self._take_queries()
         total = _Partial(self.at["total"], self.rows)
@@ -138,7 +142,7 @@ class _Attention:
         with emitter.when(whole):
             self._clear(total)
         last_position = block.first_position + block.num_tokens
-        end = emitter.minimum(block.end_split * SPLIT, last_position)
+        self.end = emitter.minimum(block.end_split * SPLIT, last_position)
         oldest = emitter.maximum(block.first_position - m.window + 1, emitter.constant(0))
         first_page = oldest // PAGE_TOKENS * PAGE_TOKENS
         with emitter.range(block.first_split, block.end_split) as split:
@@ -146,14 +150,16 @@ class _Attention:
                 whole.select(self.at["partial"], self._partial_address(split)), self.rows
             )
             self._clear(partial)
-            start = emitter.maximum(split * SPLIT, first_page // CHUNK * CHUNK)
-            stop = emitter.minimum((split + 1) * SPLIT, end)
-            with emitter.range(start, stop, CHUNK) as chunk:
+            start = emitter.maximum(split * SPLIT, first_page // kind.chunk * kind.chunk)
+            stop = emitter.minimum((split + 1) * SPLIT, self.end)
+            with emitter.range(start, stop, kind.chunk) as chunk:
                 self.start = emitter.maximum(chunk, first_page)
-                self.stop = emitter.minimum(chunk + CHUNK, (stop + PAGE_TOKENS - 1) & -PAGE_TOKENS)
+                self.stop = emitter.minimum(
+                    chunk + kind.chunk, (stop + PAGE_TOKENS - 1) & -PAGE_TOKENS
+                )
                 self._meet_keys()
                 self._weights(partial)
-                self._meet_values(end, partial)
+                self._meet_values(partial)
             with emitter.range(0, self.rows) as row:
                 lanes = emitter.load(self.at["lane_sums"] + row * (LANES * 4), vector(F32, LANES))
                 emitter.store(partial.sums + row * 4, emitter.sum(lanes))
@@ -242,10 +248,10 @@ class _Attention:
 
     def _keys(self, position: Value) -> Value:
         """The address of the head's keys of the page that begins at `position`."""
-        return self.m.keys + self._in_page(position, self.query_steps * PAGE_TOKENS)
+        return self.m.keys + self._in_page(position, self.key_lanes)
 
     def _values(self, position: Value) -> Value:
-        return self.m.values + self._in_page(position, self.padded * self.kind.steps(PAGE_TOKENS))
+        return self.m.values + self._in_page(position, self.value_lanes)
 
     def _in_page(self, position: Value, lanes: Value) -> Value:
         number = load_int32(self.emitter, self.block.pages, position // PAGE_TOKENS)
@@ -255,44 +261,43 @@ class _Attention:
         """The scores of all rows and a chunk of keys; -inf where a row does not see a key. Asks for
         the values.
         """
-        emitter, m, at = self.emitter, self.m, self.at
-        lanes = self.query_steps * PAGE_TOKENS
+        emitter, m, at, kind = self.emitter, self.m, self.at, self.kind
         with emitter.range(self.start, self.stop, PAGE_TOKENS) as position:
             keys, ahead = self._keys(position), self._values(position)
             with emitter.when(self.few.equals(0)):
-                self._widen(keys, at["keys"], lanes, ahead - keys)
-            if self.kind.name == "int8":
-                self._take_scales(keys + lanes * LANE_BYTES, at["key_scales"])
+                self._widen(keys, at["keys"], self.key_lanes, ahead - keys)
+            if kind.name == "int8":
+                self._take_scales(keys + self.key_lanes * LANE_BYTES, at["key_scales"])
+                emitter.prefetch(ahead + self.value_lanes * LANE_BYTES)
             scores = at["scores"] + (position - self.start) * 4
             self._over_rows(
-                lambda few, count, row: self._scores(few, count, row, keys, scores, ahead - keys)
+                lambda few, count, row: self._scores(few, count, row, keys, scores, ahead)
             )
         with emitter.when(m.softcap.differs(0)):
-            _soft_cap(emitter, at["scores"], self.rows * CHUNK, m.float("softcap"))
+            _soft_cap(emitter, at["scores"], self.rows * kind.chunk, m.float("softcap"))
         first, last = self.first_position, self.first_position + self.block.num_tokens - 1
         hidden = (self.stop > first + 1) | (self.start <= last - m.window)
         with emitter.when(hidden), emitter.range(0, self.rows) as row:
             visible = first + row // self.group - self.start + 1
-            _hide(emitter, at["scores"] + row * (CHUNK * 4), visible, m.window)
+            _hide(emitter, at["scores"] + row * self.score_row, kind.chunk, visible, m.window)
 
-    def _meet_values(self, end: Value, partial: _Partial) -> None:
+    def _meet_values(self, partial: _Partial) -> None:
         """What all rows weigh of a chunk of values is added to the partial. Asks for the next keys,
         which no hardware can guess.
         """
         emitter, at, kind = self.emitter, self.at, self.kind
-        lanes = self.padded * kind.steps(PAGE_TOKENS)
         with (
             emitter.when(self.few.equals(0)),
             emitter.range(self.start, self.stop, PAGE_TOKENS) as position,
         ):
             values = self._values(position)
             to = at["values"] + kind.steps(position - self.start) * self.padded * WIDE_BYTES
-            self._widen(values, to, lanes, self._next_keys(position, end) - values)
-        self._over_rows(lambda few, count, row: self._weigh(few, count, row, end, partial))
+            self._widen(values, to, self.value_lanes, self._next_keys(position) - values)
+        self._over_rows(lambda few, count, row: self._weigh(few, count, row, partial))
 
-    def _next_keys(self, position: Value, end: Value) -> Value:
-        following = position + CHUNK
-        return self._keys((following < end).select(following, position))
+    def _next_keys(self, position: Value) -> Value:
+        following = position + self.kind.chunk
+        return self._keys((following < self.end).select(following, position))
 
     def _over_rows(self, write: Callable[[bool, int, Value], None]) -> None:
         """Rows in tiles: `write(few, count, first row)`."""
@@ -339,10 +344,10 @@ class _Attention:
             products(
                 kind, sums, self.query_steps, queries, self.query_steps * WIDE_BYTES,
                 base + part * lanes * size, PAGE_TOKENS * size, few,
-                ahead if few and not part else None,
+                ahead + self.query_steps * (part * lanes * LANE_BYTES) if few else None,
             )  # fmt: skip
             for i in range(count):
-                to = scores + (row + i) * (CHUNK * 4)
+                to = scores + (row + i) * self.score_row
                 for j in range(width):
                     key = (part + j) * lanes
                     score = sums[i][j].get()
@@ -360,12 +365,12 @@ class _Attention:
         floats, count = vector(F32, lanes), self.stop - self.start
         if self.kind.name == "int8":
             with emitter.range(self.start, self.stop, PAGE_TOKENS) as position:
-                codes = self.padded * self.kind.steps(PAGE_TOKENS) * LANE_BYTES
                 to = at["value_scales"] + (position - self.start) * 4
-                self._take_scales(self._values(position) + codes, to)
+                self._take_scales(self._values(position) + self.value_lanes * LANE_BYTES, to)
+                emitter.prefetch(self._next_keys(position) + self.key_lanes * LANE_BYTES)
         with emitter.range(0, self.rows) as row:
             scores, largest = (
-                at["scores"] + row * (CHUNK * 4),
+                at["scores"] + row * self.score_row,
                 emitter.variable(emitter.constant(LEAST, floats)),
             )
             with emitter.range(0, count, PAGE_TOKENS) as key:
@@ -385,7 +390,7 @@ class _Attention:
         of a scale of their own.
         """
         emitter, at, lanes = self.emitter, self.at, self.emitter.target.lanes
-        floats, scores = vector(F32, lanes), at["scores"] + row * (CHUNK * 4)
+        floats, scores = vector(F32, lanes), at["scores"] + row * self.score_row
         maximum, factor = (
             emitter.broadcast(address + row * 4, F32, lanes)
             for address in (partial.maxima, at["factors"])
@@ -418,13 +423,13 @@ class _Attention:
                 for i, factors in enumerate(to_factors(emitter, weights, greatest)):
                     emitter.store(scores + key * 2 + i * (LANES * 2), factors)
 
-    def _weigh(self, few: bool, count: int, row: Value, end: Value, partial: _Partial) -> None:
+    def _weigh(self, few: bool, count: int, row: Value, partial: _Partial) -> None:
         """out[row] = factor[row] * out[row] + weights[row] . values, a chunk of values."""
         emitter, kind, at = self.emitter, self.kind, self.at
         lanes, padded = emitter.target.lanes, self.padded
         floats = vector(F32, lanes)
         size = LANE_BYTES if few else WIDE_BYTES
-        weights, out = at["scores"] + row * (CHUNK * 4), partial.out + row * padded * 4
+        weights, out = at["scores"] + row * self.score_row, partial.out + row * padded * 4
 
         def columns(first: Value, width: int) -> None:
             """`width` vectors of columns from `first` on."""
@@ -446,9 +451,11 @@ class _Attention:
                 values, ahead = at["values"] + done * padded * size, None
                 if few:
                     values = self._values(position)
-                    ahead = self._next_keys(position, end) - values
+                    column_bytes = kind.steps(PAGE_TOKENS) * LANE_BYTES
+                    ahead = self._next_keys(position) + first * column_bytes
                 products(
-                    kind, sums, kind.steps(PAGE_TOKENS), weights + done * WIDE_BYTES, CHUNK * 4,
+                    kind, sums, kind.steps(PAGE_TOKENS),
+                    weights + done * WIDE_BYTES, self.score_row,
                     values + first * size, padded * size, few, ahead,
                 )  # fmt: skip
             for i in range(count):
@@ -511,15 +518,15 @@ def _soft_cap(emitter: Emitter, scores: Value, count: Value, cap: Value) -> None
         emitter.store(scores + at * 4, wide - (wide + wide) / (power + 1.0))
 
 
-def _hide(emitter: Emitter, scores: Value, visible: Value, window: Value) -> None:
-    """-inf for a row's scores of a chunk from the `visible`-th key on, and more than `window` keys
+def _hide(emitter: Emitter, scores: Value, count: int, visible: Value, window: Value) -> None:
+    """-inf for a row's scores of `count` keys from the `visible`-th on, and more than `window` keys
     before it.
     """
     floats = vector(F32, LANES)
     limit, oldest = (
         emitter.splat(emitter.cast(key, I32, "trunc"), LANES) for key in (visible, visible - window)
     )
-    for first in range(0, CHUNK, LANES):
+    for first in range(0, count, LANES):
         index = emitter.vector_constant(range(first, first + LANES), I32)
         hidden = emitter.constant(float("-inf"), floats)
         seen = (index < limit) & (index >= oldest)

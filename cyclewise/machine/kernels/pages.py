@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cyclewise.machine.kernels.lang import F32, I8, I16, I32, Emitter, Value, Variable, vector
-from cyclewise.machine.kernels.layout import PAGE_TOKENS
+from cyclewise.machine.kernels.layout import LINE, PAGE_TOKENS
 from cyclewise.machine.kernels.math import absolute, round_to_int
 from cyclewise.machine.names import CacheKind
 
@@ -39,6 +39,11 @@ class Halves:
     """Pages of float16."""
 
     name: CacheKind = "f16"
+
+    chunk = 64
+    """Keys whose scores become weights at once: a multiple of PAGE_TOKENS that divides SPLIT. What
+    a head of 64 has of them fits the first-level cache with what is asked for meanwhile.
+    """
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
@@ -94,6 +99,8 @@ class Bytes:
     """Pages of int8."""
 
     name: CacheKind = "int8"
+
+    chunk = 128
 
     def __init__(self, emitter: Emitter) -> None:
         self.emitter = emitter
@@ -235,7 +242,8 @@ def products(
         scalars: the address of the first row's first number; rows are `row_bytes` apart.
         vectors: the address of the first step's first vector, as they are stored if `few` and wide
             otherwise; steps are `step_bytes` apart.
-        ahead: how far behind each step's vectors lies what is asked for.
+        ahead: from there on, as many bytes as the vectors have are asked for, bit by bit: many
+            lines at once would have to wait for each other.
     """
     emitter = kind.emitter
     lanes = emitter.target.lanes
@@ -252,8 +260,6 @@ def products(
 
     def take(step: int) -> None:
         here = line.get() + step * step_bytes
-        if ahead is not None:
-            emitter.prefetch(here + ahead)
         addresses = [here + i * (lanes * size) for i in width]
         numbers = [number.get() + row * row_bytes + step * WIDE_BYTES for row in rows]
         if len(rows) < len(width):
@@ -270,9 +276,15 @@ def products(
                     add(row, i, left, held[i])
 
     line, number = emitter.variable(vectors), emitter.variable(scalars)
+    asked = None if ahead is None else emitter.variable(ahead)
 
     def turns(count: Value | int, at_once: int) -> None:
         with emitter.range(0, count):
+            if asked is not None and at_once == STEPS:
+                num_bytes = STEPS * len(width) * lanes * LANE_BYTES
+                for at in range(0, num_bytes, LINE):
+                    emitter.prefetch(asked.get() + at)
+                asked.add(num_bytes)
             for step in range(at_once):
                 take(step)
             line.add(at_once * step_bytes)
