@@ -1,11 +1,13 @@
 """Grouped-query attention over the paged KV cache, with a running softmax (Milakov and
 Gimelshein, 2018; FlashAttention), its keys cut into splits (Flash-Decoding).
 
-The keys of a sequence fall into *splits* of SPLIT tokens. Within a split a row (a query token and
-one of the query heads that share a key-value head) meets page after page; what comes of it, the
-largest score, the sum of the weights and the weighted values, is the row's *partial* result. A
-row's partials are merged in their order, always, so its bits depend neither on the batch nor on who
-computed which split: a page or a split that a row may not see leaves it as it was, to the bit.
+The keys of a sequence fall into *splits* of SPLIT tokens, and these into *chunks* of some pages.
+Within a split a row (a query token and one of the query heads that share a key-value head) meets
+chunk after chunk: first all of its keys, whose scores become weights at once, then its values. What
+comes of it, the largest score, the sum of the weights and the weighted values, is the row's
+*partial* result. A row's partials are merged in their order, always, so its bits depend neither on
+the batch nor on who computed which split: a chunk or a split that a row may not see leaves it as it
+was, to the bit.
 
 A tile is a record of QUERY_BLOCK_FIELDS, at most QUERY_BLOCK consecutive tokens of a sequence and
 some of its splits, and one key-value head. Where one tile has all splits, it merges each partial as
@@ -13,7 +15,7 @@ it comes. Where the splits of a block are cut into parts, each tile leaves its p
 and the one that comes last merges them all.
 
 Many rows share a page that becomes wide once, in the first-level cache; few rows widen what they
-read.
+read. Scores are powers of 2: a query is multiplied by log2(e) when it is taken.
 """
 
 from __future__ import annotations
