@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cyclewise.errors import InvalidParameterError
 from cyclewise.options import KV, AsJson, Context, ModelName, Quantize, Threads, load, print_json
 
 if TYPE_CHECKING:
     from cyclewise.clock.run import Settings
     from cyclewise.machine.profile import MachineProfile
+    from cyclewise.models import Model
 
 PromptTokens = Annotated[
     int, typer.Option("--prompt-tokens", metavar="N", help="Tokens of each prompt.")
@@ -180,7 +182,7 @@ def complexity(
 def whatif(
     model: ModelName,
     change: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--change",
             metavar="CHANGE",
@@ -188,7 +190,11 @@ def whatif(
             "speculate, bandwidth=X (GB/s, or 2x), machine=FILE (or laptop, server, gpu, tpu). "
             "Repeatable: each is asked by itself.",
         ),
-    ],
+    ] = None,
+    streams: Annotated[
+        bool,
+        typer.Option("--streams", help="How fast 1 to 16 answers come that are written at once."),
+    ] = False,
     prompt_tokens: PromptTokens = 512,
     generate_tokens: GenerateTokens = 64,
     batch: Batch = 1,
@@ -216,6 +222,7 @@ def whatif(
     \b
       cyclewise whatif smollm2 --change q8_0 --change threads=1
       cyclewise whatif smollm2 --change machine=server --price-per-hour 2.5
+      cyclewise whatif smollm2 --streams
     """
     from cyclewise.bench.report import show_progress
     from cyclewise.clock.changes import parse_change
@@ -223,8 +230,14 @@ def whatif(
     from cyclewise.clock.whatif import WhatIfs, print_whatif
     from cyclewise.text.tokenizer import Tokenizer
 
-    changes = [parse_change(text) for text in change]
+    if streams == bool(change):
+        raise InvalidParameterError("give --change, or --streams")
     settings = Settings(prompt_tokens, generate_tokens, batch, 3)
+    if streams:
+        _streams(load(model, context, threads, kv=kv, quantize=quantize), settings,
+                 _machine_profile(recalibrate), as_json)  # fmt: skip
+        return
+    changes = [parse_change(text) for text in change or ()]
     machine = _machine_profile(recalibrate)
     largest = replace(settings, batch=max(batch, *(each.batch for each in changes)))
     loaded = load(model, context or _needed_context(largest), threads, kv=kv, quantize=quantize)
@@ -250,6 +263,22 @@ def whatif(
         )
     else:
         print_whatif(answers, price_per_hour)
+
+
+def _streams(model: Model, settings: Settings, machine: MachineProfile, as_json: bool) -> None:
+    from cyclewise.bench.report import show_progress
+    from cyclewise.clock.streams import predict_streams, print_streams
+
+    try:
+        found = list(predict_streams(model, settings, machine, show_progress))
+    finally:
+        model.close()
+        show_progress("")
+    if as_json:
+        facts = {"schema": "cyclewise.streams", "schema_version": 1}
+        print_json({**facts, "streams": [each.as_dict() for each in found]})
+    else:
+        print_streams(found, model)
 
 
 def validate(

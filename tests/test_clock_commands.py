@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,7 @@ from cyclewise.cli import app
 from cyclewise.machine.profile import MachineProfile
 from cyclewise.models import load_model
 from cyclewise.text.tokenizer import Tokenizer
+from tests.clock.forecasts import BANDWIDTH, kernel_costs
 from tests.clock.test_run import ROOFS, check_profile, counter
 from tests.engine.toy import ToyTokenizer
 from tests.models.tiny import Tiny, write
@@ -90,6 +92,8 @@ def test_profile_prints_a_report_and_diff_reads_two(tiny, short, tmp_path):
         (("profile", "--html", "/nonexistent/x.html"), "nonexistent"),
         (("profile", "--batch", "9000"), "this model can take"),
         (("whatif", "--change", "q8"), "did you mean"),
+        (("whatif",), "give --change, or --streams"),
+        (("whatif", "--streams", "--change", "batch=2"), "give --change, or --streams"),
         (("whatif", "--change", "threads=0"), "whole one from 1"),
         (("whatif", "--change", "machine=nowhere"), "there is no machine description"),
         (("whatif", "--change", "prune-heads=2"), "between 0 and 1"),
@@ -102,6 +106,28 @@ def test_mistakes_are_one_sentence(tiny, arguments, said):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert said in result.stderr
+
+
+def test_streams(tiny, monkeypatch):
+    monkeypatch.setattr("cyclewise.clock.streams.CONTEXTS", (64, 512, 4096))
+    monkeypatch.setattr("cyclewise.clock.whatif.usual_bandwidth", lambda *_: BANDWIDTH)
+    monkeypatch.setattr(
+        "cyclewise.clock.whatif.calibrated",
+        lambda machine, formats, *_: (machine, kernel_costs(*formats)),
+    )
+    found = json.loads(call("whatif", tiny, "--streams", "--json").stdout)["streams"]
+    assert [(each["context"], each["streams"]) for each in found] == [
+        (context, streams) for context in (64, 512) for streams in (1, 4, 8, 16)
+    ]
+    for few, many in pairwise(found):
+        if few["context"] == many["context"]:  # slower for each, faster for all
+            speeds = [each["tokens_per_second_each"]["value"] for each in (few, many)]
+            assert speeds[0] > speeds[1]
+            assert few["tokens_per_second"] < many["tokens_per_second"]
+            assert few["cache_bytes"] / few["streams"] == many["cache_bytes"] / many["streams"]
+    lines = call("whatif", tiny, "--streams").stdout.splitlines()
+    assert lines[0].startswith("CONTEXT  STREAMS  TOKENS/S EACH")
+    assert len(lines) == 10 and lines[-1].startswith("predicted for")
 
 
 def test_a_mistake_leaves_no_file_behind(tiny, tmp_path):
