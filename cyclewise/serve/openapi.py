@@ -309,14 +309,12 @@ def document(*, keyed: bool) -> dict[str, Any]:
     name: Any = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     paths["/v1/models/{name}"]["parameters"] = [name]
     paths["/health"]["get"]["security"] = []
-    for path in [path for path in paths if path.startswith(WITHOUT_PREFIX)]:
-        paths[path.removeprefix("/v1")] = paths[path]
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "cyclewise serve",
             "version": __version__,
-            "description": "OpenAI's API, as far as docs/serving.md says.",
+            "description": "OpenAI's API, as far as docs/serving.md says. /v1 may be left out.",
         },
         "paths": paths,
         "components": {"schemas": definitions.get("$defs", {})},
