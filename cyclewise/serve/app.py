@@ -226,7 +226,8 @@ class _Routes:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(await asyncio.to_thread(openapi.document, keyed=self._keyed))
+        name = self._service.name
+        return JSONResponse(await asyncio.to_thread(openapi.document, name, keyed=self._keyed))
 
     def _model(self, adapter: int | None) -> dict[str, Any]:
         service = self._service

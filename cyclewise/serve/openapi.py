@@ -7,6 +7,7 @@ said stands here, as classes that nothing but the schema and the tests read: `la
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -280,9 +281,11 @@ _OF_REQUESTS = (400, 404, 408, 413, 415, 429, 503)
 _PLACE = "#/components/schemas/{model}"
 
 
-def document(*, keyed: bool) -> dict[str, Any]:
+@cache
+def document(model: str, *, keyed: bool) -> dict[str, Any]:
     """The description of a server.
 
+    model  a name of the one that is served
     keyed  every route but `/health` asks for a key
     """
     kinds: list[type[BaseModel]] = [ErrorAnswer]
@@ -306,7 +309,13 @@ def document(*, keyed: bool) -> dict[str, Any]:
         schema = {"type": "string" if kind == "text/plain" else "object"}
         content = {kind: {"schema": schema if look is None else schemas[look]}}
         paths[path] = {"get": _operation(summary, content, errors, schemas[ErrorAnswer])}
-    name: Any = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+    name: Any = {
+        "name": "name",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": model,
+    }
     paths["/v1/models/{name}"]["parameters"] = [name]
     paths["/health"]["get"]["security"] = []
     described: dict[str, Any] = {

@@ -183,7 +183,8 @@ def schemathesis() -> Count:
         _schemathesis(address, *given, "--report=junit", f"--report-junit-path={report}")
         count = _read(report) if report.exists() else Count(failed=1)
         for check in left_out:
-            if _schemathesis(address, f"--checks={check}", "--max-failures=1"):
+            some = ("--include-path=/tokenize", "--include-path=/detokenize")  # it ends soon
+            if _schemathesis(address, f"--checks={check}", *some):
                 count.deviating += 1
             else:
                 print(f"schemathesis: {check} finds nothing any more")
@@ -193,7 +194,7 @@ def schemathesis() -> Count:
 
 def _schemathesis(address: str, *arguments: str) -> int:
     command = [PYTHON.with_name("st"), "run", f"{address}/openapi.json", "--continue-on-failure"]
-    command += ["--header", f"Authorization: Bearer {KEY}", "--phases=coverage,fuzzing"]
+    command += ["--header", f"Authorization: Bearer {KEY}", "--request-timeout=120"]
     command += ["--max-examples=10", "--seed=1", "--no-shrink", "--suppress-health-check=all"]
     return subprocess.run([*command, *arguments], cwd=FOLDER).returncode
 
