@@ -38,6 +38,7 @@ SOURCES = {
 }
 """The folder that a source distribution holds: what pip calls it, and what is used of it."""
 KEY = "sk-the-key-of-local-tests"
+SCOPES = ("fixture", "test")  # of pytest-asyncio: LangChain's client keeps to one event loop
 START_SECONDS = 300.0  # with kernels to compile and a model to fetch
 
 
@@ -167,7 +168,7 @@ def langchain() -> Count:
         return pytest(
             "langchain", HERE, "--config-file=/dev/null", "--rootdir=.", "--confcutdir=.",
             "--override-ini=asyncio_mode=auto",
-            "--override-ini=asyncio_default_test_loop_scope=session",
+            *(f"--override-ini=asyncio_default_{each}_loop_scope=session" for each in SCOPES),
             "langchain_suite.py", TEST_API_BASE_URL=f"{address}/v1", TEST_API_KEY=KEY,
         )  # fmt: skip
 
