@@ -8,8 +8,10 @@ import pytest
 from cyclewise.engine.engine import Engine
 from cyclewise.errors import InvalidParameterError
 from cyclewise.machine.host import available_cpus
+from cyclewise.machine.kernels.compiler import callable_at, host_compiler
 from cyclewise.machine.kernels.layout import LINEAR, LINEAR_PART
 from cyclewise.machine.kernels.linear import MAX_BATCH_TOKENS
+from cyclewise.machine.kernels.loop import STOP
 from cyclewise.machine.machine import Chunk, Machine, resolve_threads
 from cyclewise.machine.profile import Tuning
 from cyclewise.models import load_model
@@ -213,6 +215,18 @@ def test_a_machine_of_one_thread_runs_the_same_program(machine):
     single = Machine(machine.program, 1)
     np.testing.assert_array_equal(logits(single), want)
     single.close()
+
+
+def test_a_helper_that_has_ended_holds_no_step_up(machine):
+    want = logits(machine)
+    threads = machine.threads
+    assert threads.alive
+    callable_at(host_compiler().address("post"), 2)(threads._shared.ctypes.data, STOP)
+    for helper in threads._helpers:
+        helper.join()
+    threads._posted[0] = threads._epoch  # as if nobody had told them to
+    assert not threads.alive
+    np.testing.assert_array_equal(logits(machine), want)
 
 
 def test_the_epoch_may_wrap_around(machine):
