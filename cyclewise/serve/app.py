@@ -22,7 +22,7 @@ from cyclewise.errors import ContextLengthError, CyclewiseError
 from cyclewise.serve import openapi, protocol
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
-from cyclewise.serve.limits import MAX_BODY_BYTES, read_json
+from cyclewise.serve.limits import MAX_BODY_BYTES, Bodies
 from cyclewise.serve.responses import ResponseLayout, ResponsesRequest
 from cyclewise.serve.security import Gate, Keys
 from cyclewise.serve.service import Ask, Service
@@ -94,7 +94,7 @@ def _add(app: FastAPI, path: str, route: Callable[[Request], Any], method: str) 
 class _Routes:
     def __init__(self, service: Service, max_body_bytes: int, *, keyed: bool) -> None:
         self._service = service
-        self._max_body_bytes = max_body_bytes
+        self._bodies = Bodies(max_body_bytes)
         self._keyed = keyed
 
     def add_to(self, app: FastAPI) -> None:
@@ -242,7 +242,7 @@ class _Routes:
         }
 
     async def _read(self, request: Request, kind: type[protocol.Request]) -> protocol.Request:
-        asked = protocol.read(kind, await read_json(request, self._max_body_bytes))
+        asked = protocol.read(kind, await self._bodies.read_json(request))
         request.state.read_at = self._service.runner.clock()
         adapter = self._service.adapter_of(asked.model)  # type: ignore[attr-defined]
         request.state.adapter, request.state.model = adapter, self._service.shown_name(adapter)

@@ -10,12 +10,17 @@ import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
+from starlette.requests import ClientDisconnect
+
+from cyclewise.errors import OverloadedError
 from cyclewise.serve.errors import RequestError, bad
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_BODY_BYTES = 4 << 20
+MAX_HELD_BYTES = 128 << 20
+"""Of all bodies that are being read."""
 MAX_HEADER_BYTES = 16 << 10
 MAX_DEPTH = 200
 """Of lists and objects within one another: a schema has at most 64 within one another, with two
@@ -26,34 +31,48 @@ _BODY_SECONDS = 60.0
 _SMALL = 1 << 16  # bytes that are read in less time than it takes to hand them to a thread
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """The object that the body of a request holds.
+class Bodies:
+    """Reads the bodies of requests, and knows how much of them is held at once."""
 
-    Raises RequestError: 413 where it is longer than `max_bytes`, 415 where it is not said to be
-    JSON, 408 where it does not come in time, 400 where it is no JSON or none that can be meant.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(415, "the body must be JSON: set content-type to application/json")
-    try:
-        body = await asyncio.wait_for(_read(request, max_bytes), _BODY_SECONDS)
-    except TimeoutError:
-        raise RequestError(408, "the body did not come in time", code="timeout") from None
-    if len(body) < _SMALL:
-        return parse(body)
-    return await asyncio.to_thread(parse, body)
+    def __init__(self, max_bytes: int = MAX_BODY_BYTES) -> None:
+        """max_bytes  of a body"""
+        self._max_bytes = max_bytes
+        self._held = 0
 
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """The object that the body of a request holds.
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise _too_long(max_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_long(max_bytes)
-    return bytes(body)
+        Raises RequestError: 413 where it is too long, 415 where it is not said to be JSON, 408
+        where it does not come in time, 429 where too much comes at once, 400 where it is no JSON or
+        none that can be meant.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError(415, "the body must be JSON: set content-type to application/json")
+        body = bytearray()
+        try:
+            await asyncio.wait_for(self._read(request, body), _BODY_SECONDS)
+            if len(body) < _SMALL:
+                return parse(body)
+            return await asyncio.to_thread(parse, body)
+        except TimeoutError:
+            raise RequestError(408, "the body did not come in time", code="timeout") from None
+        except ClientDisconnect:
+            raise bad("the client left before its body was complete") from None
+        finally:
+            self._held -= len(body)
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise _too_long(self._max_bytes)
+        async for chunk in request.stream():
+            if self._held + len(chunk) > MAX_HELD_BYTES:
+                raise OverloadedError("too many long bodies are being read", 1.0)
+            body += chunk
+            self._held += len(chunk)
+            if len(body) > self._max_bytes:
+                raise _too_long(self._max_bytes)
 
 
 def _too_long(max_bytes: int) -> RequestError:
@@ -63,7 +82,7 @@ def _too_long(max_bytes: int) -> RequestError:
     )
 
 
-def parse(body: bytes) -> dict[str, Any]:
+def parse(body: bytes | bytearray) -> dict[str, Any]:
     """The object that a JSON text holds. Raises RequestError (400)."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_number)

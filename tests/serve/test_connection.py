@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import time
 
 import pytest
@@ -164,3 +165,23 @@ def test_more_connections_than_there_may_be(running, monkeypatch):
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
     for each in (*idle, *busy):
         each.close()
+
+
+def test_many_bodies_that_do_not_end(running, monkeypatch):
+    """They are not held without limit; a body that fits is read, and what is left is given back."""
+    monkeypatch.setattr("cyclewise.serve.limits.MAX_HELD_BYTES", 1 << 20)
+    halves = [connect(running) for _ in range(4)]
+    for each in halves:
+        each.sendall(request(prompt="x" * 400_000)[:350_000])
+    wait_until(lambda: len(select.select(halves, [], [], 0)[0]) == 2)
+    for each in select.select(halves, [], [], 0)[0]:
+        assert each.recv(100).startswith(b"HTTP/1.1 429 ")
+    with connect(running) as connection:
+        connection.sendall(request(max_tokens=1))
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+    for each in halves:
+        each.close()
+    wait_until(lambda: not running.server.server_state.tasks)
+    with connect(running) as connection:
+        connection.sendall(request(prompt="x" * 900_000))
+        assert connection.recv(100).startswith(b"HTTP/1.1 400 ")  # more than the context
