@@ -42,10 +42,8 @@ CALL_BEGINS, CALL_ENDS = "<tool_call>", "</tool_call>"
 _LONGEST = 1 << 20  # characters of a schema, expression or grammar
 _MOST_BYTES = 1 << 30
 """Of all that structures which are being followed were compiled to."""
-_LIMITS = {"max_lexer_states": 50_000, "step_max_items": 10_000, "step_lexer_fuel": 50_000}
-"""Of the library, for a structure: states of 2 KB, and work for a token. Its own are 5 times as
-large; at those, tokens of hostile grammars took 0.2 to 1.5 seconds.
-"""
+_MOST_STATES = 50_000
+"""Of the lexer that follows a structure, about 2 KB each: a fifth of what the library allows."""
 _SECONDS, _SECONDS_A_TOKEN = 1.0, 0.01
 """Of a processor, that following a structure may take: at first, and more for each token."""
 _FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
@@ -260,7 +258,7 @@ class Structures:
         return grammar
 
     def _matcher(self, grammar: str) -> Any:
-        limits = self._library.LLParserLimits(verbose_errors=False, **_LIMITS)
+        limits = self._library.LLParserLimits(verbose_errors=False, max_lexer_states=_MOST_STATES)
         return self._library.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
 
 
