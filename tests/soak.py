@@ -4,7 +4,8 @@
 
 A server is started and asked. Each request is answered or refused exactly once, at the end no
 page is held and none is lost, the server has counted as many requests as were made, and its memory
-is what it was after a tenth of them, with the KV cache full. What is not so ends the program with status 1.
+is what it was after a tenth of them, with the KV cache full. What is not so ends the program with
+status 1.
 """
 
 from __future__ import annotations
