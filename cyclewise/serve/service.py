@@ -150,7 +150,10 @@ class Service:
         self._told: deque[tuple[asyncio.Queue[Event], Event]] = deque()
         self.runner = Runner(engine, limits, self._pass_on)
         self.known_prompts: Memo[npt.NDArray[np.int32]] = Memo(_KNOWN_TOKENS)
-        self.metrics = Metrics(self.runner.numbers, {"prompts": self.known_prompts})
+        memos: dict[str, Memo[Any]] = {"prompts": self.known_prompts}
+        if structures is not None:
+            memos["structures"] = structures.known
+        self.metrics = Metrics(self.runner.numbers, memos)
         self.token_bytes = tokenizer.all_bytes()
         self._structures = structures
         self._maker = ThreadPoolExecutor(_MAKERS, thread_name_prefix="cyclewise-structures")
@@ -316,7 +319,7 @@ class Service:
             )
         make, made = self._structures.make, []
         for _ in ask.prompts:
-            each = [make(ask.params, ask.tool_calls) for _ in range(ask.params.n)]
+            each = [make(ask.params, ask.tool_calls, salt=ask.salt) for _ in range(ask.params.n)]
             made.append([structure for structure in each if structure is not None])
         return made
 

@@ -53,6 +53,12 @@ class Memo(Generic[Value]):
         with self._lock:
             return Lookups(self._num_hits, self._num_misses)
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._values.clear()
+            self._size = 0
+
     def find(self, key: bytes) -> Value | None:
         """The value of a key, if it is kept."""
         with self._lock:

@@ -28,6 +28,7 @@ from cyclewise.errors import (
     UnsupportedSchemaError,
 )
 from cyclewise.text.json_schema import NOTHING, prepare, without
+from cyclewise.text.memo import Memo, key_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -46,6 +47,8 @@ _MOST_STATES = 50_000
 """Of the lexer that follows a structure, about 2 KB each: a fifth of what the library allows."""
 _SECONDS, _SECONDS_A_TOKEN = 1.0, 0.01
 """Of a processor, that following a structure may take: at first, and more for each token."""
+_KEPT_BYTES, _LEAST_BYTES = 256 << 20, 4 << 20
+"""Of all that is kept, and what each is counted as at least."""
 _FORMATS = {"regex": "regex", "grammar": "lark"}  # as the library calls them
 _ESCAPES = 'nrbtf\\"'  # what may follow a backslash
 _CONTROLS = re.compile(r"\\u00[01][0-9a-f]|\x7f")  # in JSON text: characters that need a \u
@@ -73,13 +76,13 @@ def call_head(name: str) -> str:
 class _Compiled:
     """What a text was compiled to."""
 
-    asked: tuple[str, str]
     matcher: Any
+    num_bytes: int = 0  # where that was tried out
 
 
 class Structures:
-    """Makes structures for one model's vocabulary; keeps what the last one was compiled to. Any
-    thread may ask.
+    """Makes structures for one model's vocabulary; keeps what texts were compiled to. Any thread
+    may ask.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, trials: Trials | None = None) -> None:
@@ -104,16 +107,19 @@ class Structures:
             eos_token=sorted(tokenizer.stop_ids),
             slices=self._library.LLTokenizer.json_slices(),
         )
-        self._last: _Compiled | None = None
+        self.known: Memo[_Compiled] = Memo(_KEPT_BYTES)
         self._trials = trials
         self._lock = threading.Lock()  # of what follows
         self._num_bytes = 0  # of all that is alive and was tried out
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cyclewise-structure")
 
-    def make(self, params: SamplingParams, tool_calls: str | None = None) -> Structure | None:
+    def make(
+        self, params: SamplingParams, tool_calls: str | None = None, *, salt: bytes = b""
+    ) -> Structure | None:
         """The structure that the parameters ask for, at its beginning; None if they ask for none.
 
         tool_calls  in its place: the calls that the answer may or must be made of, as JSON
+        salt        who has the same one may learn that this was asked before
 
         Raises InvalidParameterError if it is malformed, needs what is not supported, allows nothing
         or is too large; OverloadedError if those that are being followed leave no memory for it.
@@ -121,9 +127,11 @@ class Structures:
         asked = params.structure if tool_calls is None else ("tool_calls", tool_calls)
         if asked is None:
             return None
-        compiled = self._last
-        if compiled is None or compiled.asked != asked:
-            compiled = self._last = self._compile(asked)
+        key = key_of(salt, *asked)
+        compiled = self.known.find(key)
+        if compiled is None:
+            compiled = self._compile(*asked)
+            self.known.keep(key, compiled, max(_LEAST_BYTES, compiled.num_bytes))
         greedy = params.temperature == 0
         sizes = self._vocab_size, self._num_tokens
         return Structure(compiled, sizes, self._worker, ahead=not greedy)
@@ -134,17 +142,18 @@ class Structures:
         if self._trials is not None:
             self._trials.close()
 
-    def _compile(self, asked: tuple[str, str]) -> _Compiled:
-        kind, text = asked
+    def _compile(self, kind: str, text: str) -> _Compiled:
         if self._trials is None or len(text) > _LONGEST:
-            return _Compiled(asked, self.compile(kind, text))
+            return _Compiled(self.compile(kind, text))
         size = self._trials.run(kind, text)
+        if self._num_bytes + size > _MOST_BYTES:
+            self.known.clear()  # before anybody is refused for what nobody follows
         with self._lock:
             if self._num_bytes + size > _MOST_BYTES:
                 raise OverloadedError("structures take up all the memory that they may have", 1.0)
             self._num_bytes += size
         try:
-            compiled = _Compiled(asked, self.compile(kind, text))
+            compiled = _Compiled(self.compile(kind, text), size)
         except BaseException:
             self._give_back(size)
             raise

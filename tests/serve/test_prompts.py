@@ -90,3 +90,16 @@ def test_what_a_template_may_be_told(make, template):
 def test_what_it_may_not(make, options, param):
     toy = make()
     assert error_of(toy.chat(chat_template_kwargs=options), 400)["param"] == param
+
+
+def test_a_grammar_is_compiled_once_for_each_key(make):
+    toy = make(keys=Keys(KEYS))
+    for _ in range(5):
+        for key in KEYS:
+            body = {"model": "toy", "prompt": "hello", "max_tokens": 2, "regex": "[0-9]+", "n": 2}
+            headers = {"authorization": f"Bearer {key}"}
+            answer = toy.request("POST", "/v1/completions", body, headers=headers)
+            assert answer.json()["choices"][0]["text"].isdecimal()
+    lines = toy.request("GET", "/metrics", headers=headers).text.splitlines()
+    assert 'cyclewise_memo_lookups_total{memo="structures",result="miss"} 2.0' in lines
+    assert 'cyclewise_memo_lookups_total{memo="structures",result="hit"} 18.0' in lines

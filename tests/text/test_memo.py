@@ -20,6 +20,11 @@ def test_the_one_not_asked_for_for_longest_goes_first():
     assert memo.find(b"e") == b"ee" and len(memo) == 1
     memo.keep(b"e", b"", 11)  # what is too large now is not what it was
     assert len(memo) == 0
+    memo.keep(b"f", b"ff", 10)
+    memo.clear()
+    assert memo.find(b"f") is None
+    memo.keep(b"g", b"gg", 10)
+    assert memo.find(b"g") == b"gg"
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=60))

@@ -183,3 +183,30 @@ def test_without_the_package(monkeypatch):
 def test_a_model_without_an_end():
     with pytest.raises(CyclewiseError, match="no token that ends a text"):
         Structures(ToyTokenizer(stop_ids=frozenset()), VOCAB_SIZE)
+
+
+def test_a_text_is_compiled_once_for_each_salt(structures, monkeypatch):
+    compiled = []
+    inner = structures.compile
+
+    def compile_(kind, text):
+        compiled.append(text)
+        return inner(kind, text)
+
+    monkeypatch.setattr(structures, "compile", compile_)
+    for _ in range(250):
+        for regex in ("ab", "cd"):
+            for salt in (b"", b"other"):
+                structure = structures.make(SamplingParams(regex=regex), salt=salt)
+                assert allowed(structure) == [ord(regex[0])]
+    assert compiled == ["ab", "ab", "cd", "cd"]
+    assert structures.known.lookups.hits == 996
+    for _ in range(2):  # what cannot be followed is found out anew
+        with pytest.raises(InvalidParameterError):
+            structures.make(SamplingParams(regex="("))
+    assert len(compiled) == 6
+    for i in range(100):
+        structures.make(SamplingParams(regex=f"x{i}"))
+    assert len(structures.known) == 64
+    structures.make(SamplingParams(regex="ab"))
+    assert compiled[-1] == "ab"

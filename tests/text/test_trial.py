@@ -122,8 +122,8 @@ def test_memory_that_is_compiled_to_is_bounded(structures, monkeypatch):
             words = "|".join(f"w{i}{j:05d}x" for j in range(10_000))
             held.append(structures.make(SamplingParams(regex=words)))
     assert 2 < len(held) < 40
+    assert not len(structures.known)
     held.clear()
-    structures.make(SamplingParams(regex="a"))  # in place of the last
     gc.collect()
     assert structures._num_bytes < 4 << 20
     structures.make(SamplingParams(regex=words))
@@ -135,10 +135,13 @@ def test_a_flood_of_schemas_leaves_nothing_behind(structures):
             fields = {f"p{i}_{j}": {"type": "string"} for j in range(20)}
             structures.make(SamplingParams(json_schema={"type": "object", "properties": fields}))
 
-    flood(0, 50)
+    flood(0, 100)
     before = resident()
-    flood(50, 100)
+    flood(100, 100)
     assert resident() - before < 8 << 20
+    assert len(structures.known) == 64
+    structures.known.clear()
+    gc.collect()
     assert structures._num_bytes < 8 << 20
 
 
