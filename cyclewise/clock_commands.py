@@ -232,12 +232,12 @@ def whatif(
 
     if streams == bool(change):
         raise InvalidParameterError("give --change, or --streams")
-    settings = Settings(prompt_tokens, generate_tokens, batch, 3)
     if streams:
-        _streams(load(model, context, threads, kv=kv, quantize=quantize), settings,
-                 _machine_profile(recalibrate), as_json)  # fmt: skip
+        machine = _machine_profile(recalibrate)
+        _streams(load(model, context, threads, kv=kv, quantize=quantize), machine, as_json)
         return
     changes = [parse_change(text) for text in change or ()]
+    settings = Settings(prompt_tokens, generate_tokens, batch, 3)
     machine = _machine_profile(recalibrate)
     largest = replace(settings, batch=max(batch, *(each.batch for each in changes)))
     loaded = load(model, context or _needed_context(largest), threads, kv=kv, quantize=quantize)
@@ -265,12 +265,12 @@ def whatif(
         print_whatif(answers, price_per_hour)
 
 
-def _streams(model: Model, settings: Settings, machine: MachineProfile, as_json: bool) -> None:
+def _streams(model: Model, machine: MachineProfile, as_json: bool) -> None:
     from cyclewise.bench.report import show_progress
     from cyclewise.clock.streams import predict_streams, print_streams
 
     try:
-        found = list(predict_streams(model, settings, machine, show_progress))
+        found = list(predict_streams(model, machine, show_progress))
     finally:
         model.close()
         show_progress("")

@@ -110,9 +110,9 @@ def test_mistakes_are_one_sentence(tiny, arguments, said):
 
 def test_streams(tiny, monkeypatch):
     monkeypatch.setattr("cyclewise.clock.streams.CONTEXTS", (64, 512, 4096))
-    monkeypatch.setattr("cyclewise.clock.whatif.usual_bandwidth", lambda *_: BANDWIDTH)
+    monkeypatch.setattr("cyclewise.clock.streams.usual_bandwidth", lambda *_: BANDWIDTH)
     monkeypatch.setattr(
-        "cyclewise.clock.whatif.calibrated",
+        "cyclewise.clock.streams.calibrated",
         lambda machine, formats, *_: (machine, kernel_costs(*formats)),
     )
     found = json.loads(call("whatif", tiny, "--streams", "--json").stdout)["streams"]

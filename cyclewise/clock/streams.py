@@ -7,15 +7,16 @@ of its context; all of them run in the same step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cyclewise.clock.changes import parse_change
-from cyclewise.clock.whatif import Estimate, Progress, WhatIfs
+from cyclewise.clock.calibrate import Progress, calibrated, usual_bandwidth
+from cyclewise.clock.predict import Predictor, View
+from cyclewise.clock.run import Settings
+from cyclewise.clock.whatif import Estimate, bands
 from cyclewise.terminal import size, table
 
 if TYPE_CHECKING:
-    from cyclewise.clock.run import Settings
     from cyclewise.machine.profile import MachineProfile
     from cyclewise.models import Model
 
@@ -48,21 +49,23 @@ class Streams:
         }
 
 
-def predict_streams(
-    model: Model, settings: Settings, machine: MachineProfile, progress: Progress
-) -> Iterator[Streams]:
-    """For each of CONTEXTS that the model can hold, and each of STREAMS."""
+def predict_streams(model: Model, machine: MachineProfile, progress: Progress) -> Iterator[Streams]:
+    """For each of CONTEXTS that the model can hold, and each of STREAMS. The memory's bandwidth is
+    read once, so that they differ by nothing else.
+    """
+    view, threads = View.of(model), model.machine.num_threads
+    machine, costs = calibrated(machine, view.formats, threads, progress)
+    predictor = Predictor(costs, threads, usual_bandwidth(model.machine, view.weight_bytes))
+    _, band = bands(machine)
     for context in CONTEXTS:
         if context > model.config.context_length:
             continue
-        alone = replace(settings, prompt_tokens=context, generate_tokens=1, batch=1)
-        asked = WhatIfs(model, alone, machine, progress)
+        prompt = predictor.times(view, Settings(context, 1)).first_token
         for count in STREAMS:
-            answer = asked.ask(parse_change(f"batch={count}"))
-            yield Streams(
-                context, count, answer.after.time_per_token, answer.before.first_token,
-                count * context * model.kv_bytes_per_token,
-            )  # fmt: skip
+            token = predictor.times(view, Settings(context, 1, count)).per_token
+            estimate = Estimate(token, token / (1 + band), token * (1 + band))
+            num_bytes = count * context * model.kv_bytes_per_token
+            yield Streams(context, count, estimate, prompt, num_bytes)
 
 
 def print_streams(found: Sequence[Streams], model: Model) -> None:
