@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-arm64 test-clients soak check bench docs-figures clean
+.PHONY: demo test test-slow test-arm64 test-x86 test-clients soak check bench docs-figures clean
 
 demo: $(READY)
 	$(BIN)/cyclewise run smollm2 "Why is the sky blue?" --max-tokens 128
@@ -17,6 +17,10 @@ test-slow: $(READY)
 # The kernels' tests on an emulated AArch64 processor (Debian; needs qemu-user-static).
 test-arm64: $(READY)
 	PYTHON=$(BIN)/python tests/arm64.sh
+
+# The same on emulated x86-64 processors with AVX-512 or AVX-VNNI (on Linux for x86-64).
+test-x86: $(READY)
+	PYTHON=$(BIN)/python tests/x86.sh
 
 # Suites that others wrote, against a server of ours (docs/compatibility.md); downloads them.
 test-clients: $(READY)
@@ -38,7 +42,7 @@ docs-figures: $(READY)
 	$(BIN)/python benchmarks/docs_figures.py
 
 clean:
-	rm -rf .venv .arm64 .clients
+	rm -rf .venv .arm64 .x86 .clients
 
 # Made anew whenever the dependencies may have changed. The stamp comes last, so that an interrupted
 # installation starts over.
