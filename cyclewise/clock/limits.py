@@ -22,6 +22,7 @@ prefetcher has fetched its first lines during the moment before.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -66,18 +67,27 @@ class Limits:
         if memory_bandwidth is not None:
             self._bandwidths[-1] = memory_bandwidth
         self._weight_bytes: dict[int, int] = {}
-        self._weights = [m.form for m in program.moments if m.form.weight_bytes]
-        self._reading = [m.form for m in program.moments if m.form.kv_bytes_per_key]
+        self._alike: dict[tuple[int, int, int], list[Limit]] = {}
+        """The last batch's, by tokens, rows of logits and where weights come from: of most moments
+        nothing else counts.
+        """
+        # layers are alike: a few forms serve all moments
+        self._forms = Counter(moment.form for moment in program.moments)
+        places = {form: place for place, form in enumerate(self._forms)}
+        self._places = [places[moment.form] for moment in program.moments]
 
     def seconds(self, moment: Moment | Form, shape: BatchShape) -> Limit:
         """The limit of a moment; 0 s of one that is left out of the batch."""
         form = moment.form if isinstance(moment, Moment) else moment
+        return self._seconds(form, shape, self._holder(self._streamed(shape)))
+
+    def _seconds(self, form: Form, shape: BatchShape, far_from: int) -> Limit:
         total = cost(form, shape)
         operations = total.operations / self._rates[form.unit]
         earlier = _earlier_bytes(form, shape)
         far = total.weight_bytes + earlier
         near = total.activation_bytes + total.kv_bytes - earlier
-        far_from, near_from = self._holder(self._streamed(shape)), self._holder(near)
+        near_from = self._holder(near)
         crossing, moving = 0, 0.0
         for index in reversed(range(len(self._bandwidths))):
             crossing += far * (index == far_from) + near * (index == near_from)
@@ -86,7 +96,15 @@ class Limits:
 
     def each(self, shape: BatchShape) -> list[Limit]:
         """The limits of all moments, in the program's order."""
-        return [self.seconds(moment, shape) for moment in self._program.moments]
+        far_from = self._holder(self._streamed(shape))
+        key = (shape.num_tokens, shape.num_logits, far_from)
+        if key not in self._alike:
+            self._alike = {key: [self._seconds(form, shape, far_from) for form in self._forms]}
+        found = [
+            self._seconds(form, shape, far_from) if form.reads_keys else limit
+            for form, limit in zip(self._forms, self._alike[key], strict=True)
+        ]
+        return [found[place] for place in self._places]
 
     def program_seconds(self, shape: BatchShape) -> float:
         """The sum over the moments: they run one after the other."""
@@ -114,12 +132,20 @@ class Limits:
     def _streamed(self, shape: BatchShape) -> int:
         """Bytes that a step passes over once: its weights, and the earlier keys and values."""
         weights = self._streamed_weights(shape.num_tokens)
-        return weights + sum(_earlier_bytes(form, shape) for form in self._reading)
+        earlier = (
+            count * _earlier_bytes(form, shape)
+            for form, count in self._forms.items()
+            if form.kv_bytes_per_key
+        )
+        return weights + sum(earlier)
 
     def _streamed_weights(self, num_tokens: int) -> int:
         if num_tokens not in self._weight_bytes:
-            total = sum(form.weight_bytes_of(num_tokens) for form in self._weights)
-            self._weight_bytes[num_tokens] = total
+            self._weight_bytes[num_tokens] = sum(
+                count * form.weight_bytes_of(num_tokens)
+                for form, count in self._forms.items()
+                if form.weight_bytes
+            )
         return self._weight_bytes[num_tokens]
 
 

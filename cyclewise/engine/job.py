@@ -14,6 +14,7 @@ from cyclewise.engine.generation import Ending
 from cyclewise.engine.logprobs import Score
 from cyclewise.engine.request import SamplingParams
 from cyclewise.engine.sampler import Structure
+from cyclewise.engine.watch import Spent
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class Job:
     salt: bytes = b""  # jobs of the same one share what the cache holds of their prompts
     priority: int = 0  # a greater one goes first: see `scheduler.AGEING_SECONDS`
     deadline: float | None = None  # by the scheduler's clock: when it fails if it has not ended
+    watched: bool = False  # its events say where the time of their tokens went
 
     # set by the scheduler
     times: Times = field(default_factory=Times, init=False)
@@ -62,6 +64,7 @@ class Event:
     scores: list[Score]  # of each of them, if `params.logprobs` asks for it
     finish_reason: Ending | Literal["cancelled"] | None = None
     error: Exception | None = None
+    spent: Spent | None = None  # where `Job.watched` asks for it and tokens were chosen
 
     @property
     def is_last(self) -> bool:

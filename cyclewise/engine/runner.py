@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from cyclewise.engine.job import Event, Job
 from cyclewise.engine.scheduler import Limits, Numbers, Scheduler
+from cyclewise.engine.watch import Standing, Watch
 from cyclewise.errors import EngineError
 
 if TYPE_CHECKING:
@@ -31,12 +32,14 @@ class Runner:
         engine: Engine,
         limits: Limits | None = None,
         after_step: Callable[[], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """engine      for this runner alone
         after_step  called on the engine's thread when listeners have been told all of a step, so
                     that a thread which waits for many of them is woken once
+        watch       clocks the steps of watched jobs
         """
-        self._scheduler = Scheduler(engine, limits)
+        self._scheduler = Scheduler(engine, limits, watch=watch)
         self._after_step = after_step
         self._listeners: dict[Job, Listener] = {}
         self._open: dict[Job, set[int]] = {}  # answers whose last event has not been passed on
@@ -59,6 +62,10 @@ class Runner:
     def numbers(self) -> Numbers:
         """What observers want to know."""
         return self._scheduler.numbers()
+
+    def standings(self) -> list[Standing]:
+        """Who runs and who waits."""
+        return self._scheduler.standings()
 
     def submit(self, job: Job, listener: Listener) -> None:
         """Take a job on; the listener is told on the engine's thread what becomes of it.

@@ -25,7 +25,7 @@ import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from cyclewise.engine.generation import Generation
@@ -33,6 +33,7 @@ from cyclewise.engine.job import Event, Job
 from cyclewise.engine.logprobs import SCORED_TOKENS, PromptScores
 from cyclewise.engine.pace import Pace
 from cyclewise.engine.request import check_integer
+from cyclewise.engine.watch import Spent, Standing, Step, Watch, standing_of
 from cyclewise.errors import (
     ContextLengthError,
     CyclewiseError,
@@ -100,6 +101,7 @@ class _Answer:
     rank: tuple[float, int, int]
     generation: Generation | None = None  # from when it first begins
     state: Literal["new", "waiting", "running", "ended"] = "new"
+    steps: list[Step] = field(default_factory=list)  # since its last tokens, if it is watched
 
     @property
     def num_left(self) -> int:
@@ -150,9 +152,13 @@ class Scheduler:
         engine: Engine,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        watch: Watch | None = None,
     ) -> None:
-        """engine  for this scheduler alone"""
+        """engine  for this scheduler alone
+        watch   told before and after each step
+        """
         self.clock = clock
+        self._watch = watch
         self._engine = engine
         self._limits = limits or Limits()
         max_tokens = engine.machine.max_batch_tokens
@@ -239,6 +245,21 @@ class Scheduler:
         numbers.pages_free = pool.num_free - pool.num_cached
         with self._lock:
             return replace(numbers)
+
+    def standings(self) -> list[Standing]:
+        """Who runs and who waits, in the order of their ranks; any thread may ask."""
+        now = self.clock()
+        # each list is copied at once; what is read of an answer may be a step newer
+        arrived = [known.answers[0] for _, known in list(self._arrivals)]
+        queues = (self._running.copy(), self._waiting.copy(), arrived)
+        return [
+            standing_of(
+                answer.job, answer.generation, now, number=answer.rank[1], index=answer.index,
+                runs=answer.state == "running",
+            )
+            for queue in queues
+            for answer in queue
+        ]  # fmt: skip
 
     def check(self) -> None:
         """Assert that the books are right, between two steps: pages, queues and what is noted of
@@ -423,6 +444,9 @@ class Scheduler:
         requests = [a.generation.request for a in plan.answers if a.generation is not None]
         begin = self.clock()
         all_rows = [answer.wants_rows for answer in plan.answers]
+        watched = [answer for answer in plan.answers if answer.job.watched]
+        if self._watch is not None:
+            self._watch.turn(bool(watched))
         try:
             logits = self._engine.step(requests, plan.counts)
         except Exception as error:
@@ -447,6 +471,11 @@ class Scheduler:
         now = self.clock()
         self._numbers.steps += 1
         self._numbers.step_seconds += now - begin
+        if watched:
+            moments = self._watch.read() if self._watch is not None else None
+            step = Step(now - begin, len(plan.answers), sum(plan.counts), moments)
+            for answer in watched:
+                answer.steps.append(step)
         self._pace.note(plan.num_decoding, sum(plan.counts) - plan.num_decoding, now - begin)
         for answer, rows in complete:
             try:
@@ -479,12 +508,14 @@ class Scheduler:
             structure = job.structures[other.index] if job.structures else None
             other.generation = generation.fork(job.params.of_answer(other.index), structure)
             other.state = "running"
+            other.steps = answer.steps.copy()
             insort(self._running, other, key=_rank)
         return forks
 
     def _accept(self, answer: _Answer, rows: npt.NDArray[np.float32], now: float) -> None:
         job, generation = answer.job, answer.generation
         assert generation is not None
+        begin = self.clock()
         try:
             gained = generation.accept(rows)
         except CyclewiseError as error:
@@ -499,7 +530,11 @@ class Scheduler:
         scores = generation.scores[len(generation.scores) - len(gained) :]
         if job.params.logprobs is None:
             scores = []
-        event = Event(job, answer.index, now, gained, scores, generation.finish_reason)
+        spent = None
+        if job.watched:
+            spent = Spent(tuple(answer.steps), begin, self.clock())
+            answer.steps.clear()
+        event = Event(job, answer.index, now, gained, scores, generation.finish_reason, spent=spent)
         if event.is_last:
             self._end(answer, event)
         else:

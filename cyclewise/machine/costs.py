@@ -109,6 +109,11 @@ class Form:
     """Experts that a row goes through."""
 
     @property
+    def reads_keys(self) -> bool:
+        """Whether its cost depends on how much went before the batch's tokens."""
+        return bool(self.operations_per_pair or self.kv_bytes_per_key)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes of one expert's matrices."""
         return sum(matrix.num_bytes for matrix in self.matrices) if self.num_experts else 0

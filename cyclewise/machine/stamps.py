@@ -73,10 +73,14 @@ class Stamps:
     @property
     def shapes(self) -> tuple[BatchShape, ...]:
         """The batch of each step; one without tokens, of a step that was interrupted."""
-        return tuple(
-            BatchShape(tuple((c.count, c.position) for c in note[0]), note[1]) if note else NO_BATCH
-            for note in self._notes[: self.count]
-        )
+        return tuple(self.shape(step) for step in range(self.count))
+
+    def shape(self, step: int) -> BatchShape:
+        """The batch of one step."""
+        note = self._notes[step]
+        if note is None:
+            return NO_BATCH
+        return BatchShape(tuple((chunk.count, chunk.position) for chunk in note[0]), note[1])
 
     @property
     def calls(self) -> NDArray[np.int64]:

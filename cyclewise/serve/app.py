@@ -23,6 +23,7 @@ from cyclewise.serve import openapi, protocol
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.layouts import ChatLayout, Layout, TextLayout
 from cyclewise.serve.limits import MAX_BODY_BYTES, Bodies
+from cyclewise.serve.pages import add_pages
 from cyclewise.serve.responses import ResponseLayout, ResponsesRequest
 from cyclewise.serve.security import Gate, Keys
 from cyclewise.serve.service import Ask, Service
@@ -113,8 +114,10 @@ class _Routes:
             "/ready": self.ready,
             "/metrics": self.metrics,
             "/openapi.json": self.openapi,
+            "/v1/batch": self.batch,
         }.items():
             _add(app, path, route, "GET")
+        add_pages(app)
 
     async def chat(self, request: Request) -> Response:
         asked = await self._read(request, protocol.ChatRequest)
@@ -229,6 +232,9 @@ class _Routes:
         name = self._service.name
         return JSONResponse(await asyncio.to_thread(openapi.document, name, keyed=self._keyed))
 
+    async def batch(self, request: Request) -> Response:
+        return JSONResponse(self._service.batch(), headers={"cache-control": "no-store"})
+
     def _model(self, adapter: int | None) -> dict[str, Any]:
         service = self._service
         return {
@@ -292,6 +298,7 @@ class _Routes:
             tool_calls,
             asked.priority or 0,
             deadline,
+            bool(asked.timings_per_token),
         )
 
     async def _reply(self, asked: protocol.Sampling, ask: Ask, layout: Layout) -> Response:

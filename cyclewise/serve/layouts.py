@@ -136,7 +136,7 @@ class ChatLayout(_Chunks):
                 pieces.append({"content": said.text})
             else:
                 pieces.append({"tool_calls": [self._call(delta.index, said)]})
-        if not pieces and delta.scores:
+        if not pieces and (delta.scores or delta.timings):
             pieces.append({"content": ""})
         for i, piece in enumerate(pieces):  # all scores stand beside the first
             chunks.append(self._choice(None if i else delta, "delta", piece, index=delta.index))
@@ -180,7 +180,8 @@ class ChatLayout(_Chunks):
             content = [self._token(score) for score in delta.scores]
             logprobs = {"content": content, "refusal": None}
         place = delta.index if delta is not None else index
-        return {"index": place, name: value, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": place, name: value, "logprobs": logprobs, "finish_reason": reason}
+        return {**choice, **_timings(delta)}
 
     def _token(self, score: Score) -> dict[str, Any]:
         top = [self._one(token_id, value) for token_id, value in score.top]
@@ -232,10 +233,11 @@ class TextLayout(_Chunks):
             "text": before + delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
+            **_timings(delta),
         }
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        if not (delta.text or delta.scores or delta.finish_reason):
+        if not (delta.text or delta.scores or delta.timings or delta.finish_reason):
             return []
         return [self.choice(delta)]
 
@@ -269,3 +271,8 @@ class TextLayout(_Chunks):
     def _top(self, score: Score) -> dict[str, float]:
         show = self._service.tokenizer.show
         return {show(token_id): max(value, _LEAST) for token_id, value in reversed(score.top)}
+
+
+def _timings(delta: Delta | None) -> dict[str, Any]:
+    """Beside a choice, where they were asked for."""
+    return {"timings": delta.timings} if delta is not None and delta.timings else {}

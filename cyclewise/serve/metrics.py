@@ -14,7 +14,7 @@ from cyclewise.text.memo import Memo
 
 ROUTES = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/tokenize",
-    "/detokenize", "/health", "/ready", "/metrics", "/openapi.json",
+    "/detokenize", "/health", "/ready", "/metrics", "/openapi.json", "/v1/batch", "/", "/batch",
 )  # fmt: skip
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56)

@@ -95,6 +95,23 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class TokenTimings(Answer):
+    """Where the time of some tokens of an answer went, in seconds: see `timings.py`."""
+
+    tokens: int
+    seconds: float
+    queue: float
+    sampling: float
+    steps: int
+    step_seconds: float
+    batch: int
+    batch_tokens: int
+    cached_tokens: int
+    moments: dict[str, float] | None
+    cycles: int | None
+    limits: dict[str, float] | None
+
+
 class ChatMessage(Answer):
     role: Literal["assistant"]
     content: str | None
@@ -107,6 +124,7 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    timings: list[TokenTimings] = []  # where `timings_per_token` asks for them
 
 
 class ChatAnswer(_Answers):
@@ -126,6 +144,7 @@ class TextChoice(Answer):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
+    timings: list[TokenTimings] = []
 
 
 class TextAnswer(_Answers):
@@ -240,6 +259,51 @@ class StatusAnswer(Answer):
     status: str
 
 
+class BatchPages(Answer):
+    """Of the KV cache."""
+
+    total: int
+    used: int  # by answers
+    cached: int  # that nobody holds and that prompts could find
+    free: int
+    tokens: int  # that a page holds
+
+
+class BatchTotals(Answer):
+    """Since the start."""
+
+    steps: int
+    step_seconds: float
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+class BatchAnswer(Answer):
+    """One of those that wait or run: see `engine/watch.py`."""
+
+    job: int
+    index: int
+    state: Literal["waiting", "prefill", "decode"]
+    seconds: float
+    priority: int
+    prompt_tokens: int
+    reused_tokens: int
+    evaluated_tokens: int
+    generated_tokens: int
+    most_tokens: int | None
+    pages: int
+
+
+class Batch(Answer):
+    model: str
+    time: float  # seconds, by a clock of the server's own
+    pages: BatchPages
+    totals: BatchTotals
+    answers: list[BatchAnswer]
+
+
 _REQUESTS: dict[str, tuple[type[BaseModel], type[Answer], str]] = {
     "/v1/chat/completions": (ChatRequest, ChatAnswer, "Answer a chat"),
     "/v1/completions": (CompletionRequest, TextAnswer, "Continue texts"),
@@ -254,6 +318,7 @@ _LOOKS: dict[str, tuple[type[Answer] | None, str, tuple[int, ...]]] = {
     "/health": (StatusAnswer, "Whether the process lives; needs no key", ()),
     "/ready": (StatusAnswer, "Whether it answers", (503,)),
     "/metrics": (None, "Numbers for Prometheus", ()),
+    "/v1/batch": (Batch, "Who waits and who runs", ()),
     "/openapi.json": (None, "This description", ()),
 }
 _EVENT = {
@@ -266,6 +331,7 @@ _TEXTS = {"/metrics": "text/plain"}
 _ERRORS = {
     400: "the request is wrong in itself: `param` names the field",
     401: "there is no key, or one that opens nothing",
+    403: "a browser asks for a page of another site",
     404: "there is no such model",
     408: "the body did not come in time, or `timeout` was over",
     413: "the body is too long",
@@ -276,7 +342,7 @@ _ERRORS = {
     500: "the server failed",
     503: "the engine has failed, or the server is being ended",
 }
-_ALWAYS = (401, 421, 431, 500)
+_ALWAYS = (401, 403, 421, 431, 500)
 _OF_REQUESTS = (400, 404, 408, 413, 415, 429, 503)
 _PLACE = "#/components/schemas/{model}"
 

@@ -109,6 +109,7 @@ class Sampling(Fields):
     grammar: str | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     timeout: float | None = Field(None, gt=0, le=86400)  # seconds
+    timings_per_token: bool | None = None
 
     @property
     def wants_usage(self) -> bool:

@@ -3,10 +3,16 @@
 `Gate` stands before the application. It gives each request an id, asks for a key wherever there are
 keys and the route is not `/health`, and refuses headers that are too long and, at a door without
 keys, names of hosts that only a web page of somebody else would use (DNS rebinding).
+
+Programs give a key as `Bearer`. A browser that opens a page of this server is asked for a name and
+a password (`Basic`), the password being the key, and sends both with all that the page asks; also
+with what pages of others ask, so that those are refused.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -20,6 +26,7 @@ from typing import TYPE_CHECKING
 from cyclewise.errors import InvalidParameterError
 from cyclewise.serve.errors import RequestError, describe
 from cyclewise.serve.limits import MAX_HEADER_BYTES
+from cyclewise.serve.pages import is_page
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -69,11 +76,14 @@ class Keys:
         if not self._digests:
             return b""
         scheme, _, key = (given or "").partition(" ")
+        scheme = scheme.lower()
+        if scheme == "basic":
+            key = _password(key)
         digest = hashlib.sha256(key.strip().encode()).digest()
         found = False
         for each in self._digests:
             found |= hmac.compare_digest(each, digest)
-        if not found or scheme.lower() != "bearer":
+        if not found or scheme not in ("bearer", "basic"):
             return None
         return hmac.digest(self._secret, digest, "sha256")
 
@@ -151,17 +161,40 @@ class Gate:
             )
         if self._local_only and not _is_local(headers.get("host", b"").decode("latin-1")):
             raise RequestError(421, "this server answers requests to localhost alone")
-        salt = self._keys.salt(headers.get("authorization", b"").decode("latin-1"))
+        given = headers.get("authorization", b"").decode("latin-1")
+        salt = self._keys.salt(given)
         if salt is not None:
+            if self._keys and given[:5].lower() == "basic" and _is_foreign(scope, headers):
+                raise RequestError(403, "a page of another site may not ask in this one's name")
             return salt
         if scope["path"] in OPEN_ROUTES:
             return b""
+        challenge = 'Basic realm="cyclewise", charset="UTF-8"' if is_page(scope["path"]) else None
         raise RequestError(
             401,
             "give a valid key: Authorization: Bearer KEY",
             code="invalid_api_key",
-            headers={"www-authenticate": "Bearer"},
+            headers={"www-authenticate": challenge or "Bearer"},
         )
+
+
+def _password(credentials: str) -> str:
+    """Of Basic credentials (RFC 7617), whatever the name; none where they are malformed."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
+def _is_foreign(scope: Scope, headers: dict[str, bytes]) -> bool:
+    """Whether a browser asks on behalf of another site's page, other than to follow a link."""
+    if scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-mode") == b"navigate":
+        return False
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site not in (b"same-origin", b"none")
+    origin = headers.get("origin")
+    return origin is not None and origin.partition(b"://")[2] != headers.get("host")
 
 
 def _is_local(host: str) -> bool:

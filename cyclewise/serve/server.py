@@ -108,6 +108,7 @@ def load(model: str, settings: Settings) -> Service:
 
 
 def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Service:
+    from cyclewise.clock.live import LiveClock
     from cyclewise.engine.engine import Engine
     from cyclewise.serve.service import Service
     from cyclewise.text.process import TextProcess
@@ -134,7 +135,7 @@ def _service(names: Sequence[str], adapters: Sequence[str], loaded: Model) -> Se
             template=template if isinstance(template, str) else None, aliases=names[1:],
             adapters=adapters, timeless="strftime_now" not in str(templates),
             structures=structures, threads_alive=lambda: loaded.machine.threads.alive,
-            on_close=loaded.close,
+            clock=LiveClock(loaded.machine), on_close=loaded.close,
         )  # fmt: skip
         opened.pop_all()
         return service

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from cyclewise import __version__
 from cyclewise.engine.job import Event, Job
 from cyclewise.engine.runner import Runner
 from cyclewise.errors import (
+    ClockError,
     ContextLengthError,
     CyclewiseError,
     InvalidParameterError,
@@ -32,6 +33,7 @@ from cyclewise.errors import (
 from cyclewise.machine.kernels.target import host_target
 from cyclewise.serve.errors import RequestError, bad, describe
 from cyclewise.serve.metrics import Metrics
+from cyclewise.serve.timings import Timings
 from cyclewise.serve.tools import in_words
 from cyclewise.text.answer import Answer
 from cyclewise.text.memo import Memo, key_of
@@ -40,6 +42,7 @@ from cyclewise.text.structure import CALL_BEGINS
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from cyclewise.clock.live import LiveClock
     from cyclewise.engine.engine import Engine
     from cyclewise.engine.logprobs import Score
     from cyclewise.engine.request import SamplingParams
@@ -85,6 +88,7 @@ class Ask:
     tool_calls: str | None = None  # see `Structures.make`
     priority: int = 0
     deadline: float | None = None  # by the runner's clock
+    timings: bool = False  # of each token
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Delta:
     text: str = ""
     scores: list[Score] = field(default_factory=list)
     prompt: ScoredPrompt | None = None  # beside an answer's first, where it is asked for
+    timings: list[dict[str, Any]] = field(default_factory=list)  # `timings.py`, if asked for
     finish_reason: str | None = None  # "stop" or "length"
 
 
@@ -123,6 +128,7 @@ class Service:
         structures: Structures | None = None,
         limits: Limits | None = None,
         threads_alive: Callable[[], bool] = lambda: True,
+        clock: LiveClock | None = None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         """name           of the model
@@ -132,6 +138,7 @@ class Service:
         adapters       names of its LoRA adapters, in the order of their numbers
         structures     for its vocabulary, where it has a token that ends a text
         threads_alive  whether all of the machine's threads are
+        clock          of the engine's machine, for what its moments take
         on_close       called at the end, when nothing runs any more
         """
         self.name = name
@@ -146,9 +153,10 @@ class Service:
         self.template = template
         self.timeless = timeless
         self.draining = False
+        self.clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told: deque[tuple[asyncio.Queue[Event], Event]] = deque()
-        self.runner = Runner(engine, limits, self._pass_on)
+        self.runner = Runner(engine, limits, self._pass_on, clock)
         self.known_prompts: Memo[npt.NDArray[np.int32]] = Memo(_KNOWN_TOKENS)
         memos: dict[str, Memo[Any]] = {"prompts": self.known_prompts}
         if structures is not None:
@@ -204,6 +212,32 @@ class Service:
     def shown_name(self, adapter: int | None) -> str:
         """What answers call the model with this adapter."""
         return self.name if adapter is None else self.adapters[adapter]
+
+    def batch(self) -> dict[str, Any]:
+        """Who waits and who runs, and the pages that there are, for whoever looks on: numbers
+        alone, nothing of what is asked or answered.
+        """
+        numbers, pool = self.runner.numbers(), self.engine.pool
+        return {
+            "model": self.name,
+            "time": self.runner.clock(),
+            "pages": {
+                "total": pool.num_pages,
+                "used": numbers.pages_used,
+                "cached": numbers.pages_cached,
+                "free": numbers.pages_free,
+                "tokens": pool.page_tokens,
+            },
+            "totals": {
+                "steps": numbers.steps,
+                "step_seconds": numbers.step_seconds,
+                "prompt_tokens": numbers.prompt_tokens,
+                "reused_tokens": numbers.reused_tokens,
+                "generated_tokens": numbers.generated_tokens,
+                "preemptions": numbers.preemptions,
+            },
+            "answers": [asdict(standing) for standing in self.runner.standings()],
+        }
 
     async def encode(self, text: str, *, salt: bytes = b"") -> list[int]:
         """The token ids of a text to continue.
@@ -262,6 +296,9 @@ class Service:
         self._check_length(ask)
         self._loop = asyncio.get_running_loop()
         structures = await self._make_structures(ask)
+        if ask.timings and self.clock is not None:
+            with suppress(ClockError):  # then nobody knows what moments take
+                await asyncio.to_thread(self.clock.prepare)
         exchange = Exchange(self, ask, structures)
         try:
             exchange.submit()
@@ -341,6 +378,7 @@ class Exchange:
                 salt=ask.salt,
                 priority=ask.priority,
                 deadline=ask.deadline,
+                watched=ask.timings,
             ): number * ask.params.n
             for number, (prompt_ids, each) in enumerate(zip(ask.prompts, structures, strict=True))
         }
@@ -351,6 +389,7 @@ class Exchange:
                 self._answers[first + index] = Answer(detokenizer, ask.params.stop)
         self._open = dict.fromkeys(self._answers)  # that have not ended
         self._running: dict[Job, None] = {}  # that the engine has, as far as is known here
+        self._token_timings = Timings(service.clock)
         self._last_times: dict[int, float] = {}  # when an answer got its last tokens
         self._prompts_told: dict[int, None] = {}  # answers whose prompt has been given out
         self._end_time = 0.0
@@ -394,6 +433,7 @@ class Exchange:
                 one.text += delta.text
                 one.scores += delta.scores
                 one.prompt = one.prompt or delta.prompt
+                one.timings += delta.timings
                 one.finish_reason = delta.finish_reason
         return whole
 
@@ -445,8 +485,11 @@ class Exchange:
         if reason is not None:
             text += answer.end()
             self._end(event, index)
-        scores = event.scores[: len(answer.token_ids) - num_before]
-        return Delta(index, text, scores, self._scored_prompt(event.job, index), reason)
+        num_gained = len(answer.token_ids) - num_before
+        return Delta(
+            index, text, event.scores[:num_gained], self._scored_prompt(event.job, index),
+            self._token_timings.of(event, index, num_gained), reason,
+        )  # fmt: skip
 
     def _scored_prompt(self, job: Job, index: int) -> ScoredPrompt | None:
         if job.params.prompt_logprobs is None or index in self._prompts_told:

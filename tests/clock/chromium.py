@@ -21,6 +21,8 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 LIMIT_SECONDS = 60.0
+ROOT_FLAGS = ["--no-sandbox"] if sys.platform == "linux" and os.geteuid() == 0 else []
+"""Chromium refuses to sandbox for root."""
 
 
 def find_chromium() -> str | None:
@@ -144,9 +146,8 @@ def chromium(path: str) -> Iterator[Page]:
         flags = [
             "--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu",
             "--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={folder}",
+            *ROOT_FLAGS,
         ]  # fmt: skip
-        if sys.platform == "linux" and os.geteuid() == 0:
-            flags.append("--no-sandbox")  # Chromium refuses to sandbox for root.
         # The protocol's pipes are descriptors 3 and 4, which only a shell can make of others.
         script = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         browser = subprocess.Popen(

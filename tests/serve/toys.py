@@ -117,9 +117,9 @@ class Toy:
 class Running:
     """A toy at a real socket, in a thread."""
 
-    def __init__(self, toy):
+    def __init__(self, toy, port=0):
         self.toy = toy
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server(("127.0.0.1", port))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 10)
         self.address = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn_config(toy.app, 30))
