@@ -157,7 +157,7 @@ def llama() -> Count:
     folder = FOLDER / "llama_cpp_python-0.3.36" / "vendor/llama.cpp/tools/server/tests"
     tests = ("basic", "chat_completion", "completion", "security", "tokenize")
     return pytest(
-        "llama", folder, "-m", "not slow", "-n", "2", "-p", "no:asyncio",
+        "llama", folder, "-n", "2", "-p", "no:asyncio",
         *(f"unit/test_{each}.py" for each in tests), LLAMA_SERVER_BIN_PATH=str(shim),
     )  # fmt: skip
 
