@@ -91,6 +91,17 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size():
             self._expect_progress()
 
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP: of a body, too, whose request is being refused or was answered."""
+        if self.is_busy:
+            self.cycle.disconnected = True  # what it has to say cannot be said any more
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+        self._expect_progress()
+
     def _make_room(self) -> bool:
         others = [each for each in self.connections if isinstance(each, Connection)]
         idle = [each for each in others if not each.is_busy and each is not self]

@@ -129,6 +129,26 @@ def test_who_sends_the_next_request_too_early_and_leaves(running, stream):
     assert (numbers.pages_used, numbers.ended) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/json"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_body_that_is_no_http(running, caplog, kind, at_once):
+    """Whether its request is refused, was answered or is still being read: nothing is logged."""
+    for line in ("GET /health", "POST /v1/completions"):
+        head = f"{line} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\n"
+        head += "transfer-encoding: chunked\r\n\r\n"
+        with connect(running) as connection:
+            if at_once:
+                connection.sendall(head.encode() + b"nonsense\r\n")
+            else:
+                connection.sendall(head.encode() + b"1\r\n{\r\n")
+                time.sleep(0.05)
+                connection.sendall(b"nonsense\r\n")
+            assert read_all(connection).startswith(b"HTTP/1.1 ")
+        wait_until(lambda: not running.server.server_state.connections)
+    wait_until(lambda: not running.server.server_state.tasks)
+    assert caplog.records == []
+
+
 def test_requests_one_after_the_other_without_waiting(running):
     ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with connect(running) as connection:
