@@ -6,8 +6,8 @@ the next one may hold, so that a prompt makes it `STRETCH` times as long as with
 prompts wait, each adds as much, up to MOST_PROMPTS: those who are being answered wait longer for a
 token, but small steps would let everybody wait, since they take longer for each token of a prompt.
 What a step takes without is learned from steps of as many answers, or nearly, and no prompt, of
-which there is one now and then while a long prompt comes in; what a token of a prompt adds, from
-steps that hold some.
+which there is one now and then while a long prompt comes in; what a group of four more tokens adds,
+from steps that hold some of a prompt.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ _NEWEST = 0.2
 """Weight of the newest measurement."""
 _WORSE = 0.7
 """Its weight where a prompt's token costs more than was known: what is too much is felt at once."""
+_FADING = 0.05
+"""What a group is thought to take becomes so much less in a step that has room for none."""
 _GROWTH = 1.5
 """What is known of a few tokens says little of many."""
+_AT_ONCE = 4
+"""Tokens of a group, which the machine takes at once: a step of five tokens takes as long as one of
+eight, and what it adds to one of four says nothing of a token.
+"""
 _MIXED_IN_A_ROW = 32
 """Steps that hold tokens of a prompt, before one without shows again what that takes."""
 
@@ -37,10 +43,10 @@ class Pace:
         """max_tokens  of a step"""
         self._max_tokens = max_tokens
         self._plain: dict[int, float] = {}  # answers -> seconds of a step without a prompt
-        self._added = 0.0  # seconds that a prompt's token adds to a step with answers; 0: unknown
+        self._added = 0.0  # seconds that a group adds to a step with answers; 0: unknown
         self._alone = 0.0  # seconds of a prompt's token in steps without answers; 0: unknown
         self._mixed = 0  # steps since the last one without a prompt
-        self._last = 0  # tokens of prompts that steps have had of late
+        self._last = 0  # groups that prompts have added to steps of late
 
     def chunk(self, num_answers: int, num_prompts: int = 1) -> int:
         """Tokens of so many prompts that a step may hold beside one token of each of these answers.
@@ -54,13 +60,11 @@ class Pace:
         plain = self._step(num_answers)
         if plain is None or self._mixed >= _MIXED_IN_A_ROW:
             return 0
-        count = max(self._last + 1, int(_GROWTH * self._last))
+        groups = max(self._last + 1, int(_GROWTH * self._last))
         if self._added:
             more = (STRETCH - 1) * min(num_prompts, MOST_PROMPTS)
-            count = min(count, int(more * plain / self._added))
-        if count >= 16:  # the machine takes four tokens at once
-            count -= (num_answers + count) % 4
-        return min(max(1, count), room)
+            groups = min(groups, int(more * plain / self._added))
+        return min(-num_answers % _AT_ONCE + _AT_ONCE * groups or _AT_ONCE, room)
 
     def note(self, num_answers: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step of so many answers' tokens, and so many of prompts, took so long."""
@@ -72,10 +76,14 @@ class Pace:
             self._plain[num_answers] = _newer(self._plain.get(num_answers, 0.0), seconds)
             return
         self._mixed += 1
-        self._last = max(num_prompt_tokens, self._last // 2)  # a prompt may just have ended
+        groups = _groups(num_answers + num_prompt_tokens) - _groups(num_answers)
+        self._last = max(groups, self._last // 2)  # a prompt may just have ended
+        if not groups:  # what is not measured is believed less and less
+            self._added *= 1 - _FADING
+            return
         least = 0.01 * seconds  # a prompt's tokens are never for nothing
         plain = self._step(num_answers) or seconds
-        added = max(least, seconds - plain) / num_prompt_tokens
+        added = max(least, seconds - plain) / groups
         self._added = _newer(self._added, added, _WORSE if added > self._added else _NEWEST)
 
     def _step(self, num_answers: int) -> float | None:
@@ -96,7 +104,11 @@ class Pace:
     @property
     def prompt_token(self) -> float:
         """Seconds of a token of a prompt; 0 before the first."""
-        return self._alone or self._added
+        return self._alone or self._added / _AT_ONCE
+
+
+def _groups(num_tokens: int) -> int:
+    return -(-num_tokens // _AT_ONCE)
 
 
 def _newer(known: float, measured: float, weight: float = _NEWEST) -> float:
