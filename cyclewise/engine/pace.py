@@ -24,7 +24,7 @@ _NEWEST = 0.2
 """Weight of the newest measurement."""
 _WORSE = 0.7
 """Its weight where a prompt's token costs more than was known: what is too much is felt at once."""
-_FADING = 0.05
+_FADING = 0.002
 """What a group is thought to take becomes so much less in a step that has room for none."""
 _GROWTH = 1.5
 """What is known of a few tokens says little of many."""

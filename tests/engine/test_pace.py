@@ -104,4 +104,4 @@ def test_one_step_that_was_held_up_is_forgotten_where_there_is_room_for_few():
     for _ in range(3):
         pace.note(3, 5, 1.0)
     assert pace.chunk(3) == 1
-    assert max(run(pace, 3, 60, lambda count: 0.01 + 0.001 * count)) >= 5
+    assert max(run(pace, 3, 1500, lambda count: 0.01 + 0.001 * count)) >= 5
