@@ -92,7 +92,7 @@ def test_who_takes_nothing_is_let_go(running, monkeypatch, stream):
     if stream:
         toy.model.machine.before_step = lambda: time.sleep(0.001)
     else:
-        fields = {"max_tokens": 1000, "n": 2, "logprobs": 5}
+        fields = {"max_tokens": 500, "n": 2, "logprobs": 5}
     with connect(running, receive_buffer=4096) as connection:
         connection.sendall(request(stream=stream, **fields))
         wait_until(lambda: toy.service.runner.numbers().jobs == 1)
