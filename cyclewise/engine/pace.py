@@ -44,6 +44,7 @@ class Pace:
         self._max_tokens = max_tokens
         self._plain: dict[int, float] = {}  # answers -> seconds of a step without a prompt
         self._added = 0.0  # seconds that a group adds to a step with answers; 0: unknown
+        self._filling = 0.0  # what a token adds that fills the group of the last answers; likewise
         self._alone = 0.0  # seconds of a prompt's token in steps without answers; 0: unknown
         self._mixed = 0  # steps since the last one without a prompt
         self._last = 0  # groups that prompts have added to steps of late
@@ -60,11 +61,16 @@ class Pace:
         plain = self._step(num_answers)
         if plain is None or self._mixed >= _MIXED_IN_A_ROW:
             return 0
+        spare = (STRETCH - 1) * min(num_prompts, MOST_PROMPTS) * plain
+        rest = -num_answers % _AT_ONCE  # of a group that the answers do not fill
+        if rest and not self._filling:
+            return min(rest, num_answers, room)
+        if rest * self._filling > spare:
+            return min(max(1, int(spare / self._filling)), room)
         groups = max(self._last + 1, int(_GROWTH * self._last))
         if self._added:
-            more = (STRETCH - 1) * min(num_prompts, MOST_PROMPTS)
-            groups = min(groups, int(more * plain / self._added))
-        return min(-num_answers % _AT_ONCE + _AT_ONCE * groups or _AT_ONCE, room)
+            groups = min(groups, int((spare - rest * self._filling) / self._added))
+        return min(rest + _AT_ONCE * groups or _AT_ONCE, room)
 
     def note(self, num_answers: int, num_prompt_tokens: int, seconds: float) -> None:
         """A step of so many answers' tokens, and so many of prompts, took so long."""
@@ -78,13 +84,14 @@ class Pace:
         self._mixed += 1
         groups = _groups(num_answers + num_prompt_tokens) - _groups(num_answers)
         self._last = max(groups, self._last // 2)  # a prompt may just have ended
-        if not groups:  # what is not measured is believed less and less
-            self._added *= 1 - _FADING
-            return
         least = 0.01 * seconds  # a prompt's tokens are never for nothing
-        plain = self._step(num_answers) or seconds
-        added = max(least, seconds - plain) / groups
-        self._added = _newer(self._added, added, _WORSE if added > self._added else _NEWEST)
+        more = seconds - (self._step(num_answers) or seconds)
+        if not groups:
+            self._filling = _worse(self._filling, max(least, more) / num_prompt_tokens)
+            self._added *= 1 - _FADING  # what is not measured is believed less and less
+            return
+        more -= -num_answers % _AT_ONCE * self._filling
+        self._added = _worse(self._added, max(least, more) / groups)
 
     def _step(self, num_answers: int) -> float | None:
         """Seconds of a step without a prompt, if one of about as many answers was measured."""
@@ -109,6 +116,10 @@ class Pace:
 
 def _groups(num_tokens: int) -> int:
     return -(-num_tokens // _AT_ONCE)
+
+
+def _worse(known: float, measured: float) -> float:
+    return _newer(known, measured, _WORSE if measured > known else _NEWEST)
 
 
 def _newer(known: float, measured: float, weight: float = _NEWEST) -> float:

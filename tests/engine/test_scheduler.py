@@ -334,6 +334,8 @@ def test_scores_come_once_though_the_prompt_is_evaluated_again():
     bench.step()
     bench.submit(scored)
     for _ in range(10):
+        if bench.scheduler.numbers().preemptions:
+            break
         bench.step()
     assert bench.scheduler.numbers().preemptions == 1
     assert 0 < len(scored.prompt_scores) < 18
