@@ -47,7 +47,7 @@ def exp(emitter: Emitter, x: Value) -> Value:
 
 
 def exp2_of_negative(emitter: Emitter, x: Value) -> Value:
-    """2**x of float32 lanes that are not above 0, within 2.1 units in the last place down to
+    """2**x of float32 lanes that are not above 0, within 2.2 units in the last place down to
     -126; exactly 1 at 0, exactly 0 from -127 down.
     """
     floats, words = x.type, vector(I32, x.type.count)
