@@ -211,7 +211,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in arguments.models:
         path = resolve(name)
-        model = load_model(path, context=CONTEXT)
+        model = load_model(path, context=CONTEXT, sequences=4)
         found: dict[str, dict[str, float]] = {}
         try:
             for what, measured in measurements(model, arguments.answers, arguments.seconds):
