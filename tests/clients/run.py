@@ -223,6 +223,10 @@ SUITES: dict[str, Callable[[], Count]] = {
 
 def main(names: list[str]) -> int:
     """Run the suites of these names; 1 if a test failed."""
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        print(f"no suite is called {unknown[0]}; there are {', '.join(SUITES)}", file=sys.stderr)
+        return 2
     prepare()
     counts = {name: SUITES[name]() for name in names or SUITES}
     for name, count in counts.items():
