@@ -174,7 +174,7 @@ def test_the_kernels_tests_pass_on_every_target(other_targets, target):
     if target not in other_targets:
         own = target == host_target().name
         pytest.skip("it is this process's own" if own else "this processor cannot run it")
-    output, _ = other_targets[target].communicate(timeout=300)
+    output, _ = other_targets[target].communicate(timeout=900)
     assert other_targets[target].returncode == 0, output
 
 
